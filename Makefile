@@ -1,0 +1,36 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint bench
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# One stamp for each requirements file: set-up runs once, and again only when the pinned versions change.
+.venv/run.stamp: requirements.txt
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.txt .venv/run.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: .venv/run.stamp  ## set up, train InfLoRA on the embedded digits, print the table and write a report
+	$(PY) train.py
+
+test: .venv/dev.stamp  ## set up, run the tests (minutes, CPU)
+	$(PY) -m pytest
+
+test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command line; real images if $$INFLORA_TEST_DATA is set
+	$(PY) -m pytest -m "slow or data"
+
+test-gpu: .venv/dev.stamp  ## the tests that need a CUDA device
+	$(PY) -m pytest -m gpu
+
+lint: .venv/dev.stamp  ## formatting, lint, types
+	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/pyright
+
+bench: .venv/dev.stamp  ## time the hot paths against the plain reference, as ratios
+	$(PY) -m benchmarks

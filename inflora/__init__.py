@@ -1,0 +1,3 @@
+"""Continual learning with pretrained transformers: InfLoRA and its relatives."""
+
+__version__ = "0.1.0"
