@@ -1,0 +1,1 @@
+"""Images, the tasks they are divided into, and the batches a method sees."""
