@@ -1,0 +1,376 @@
+"""Checkpoints that survive a kill at any instant, and the other things a run folder needs to be safe: a lock, atomic files, hashes.
+
+A checkpoint is a pair in one folder, written one after the other and each of them atomically:
+
+    000012-task_2.safetensors     the tensors; the nest they came from (dicts, lists, numbers ...) is JSON in the file's metadata
+    000012-task_2.json            the sha256 of the file above: the checkpoint exists from the moment this record does
+
+Nothing is pickled, so loading a checkpoint never executes code. `base.safetensors` holds the tensors a run starts from; the checkpoints
+of the run leave out every tensor that is still bit for bit the base's, which for most methods is nearly the whole backbone.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint, or another file of a run, cannot be written or read. The message is one sentence for the user."""
+
+
+# ---- atomic files, hashes, the lock ------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then put it in the place of `path`: a reader sees the old file or the new one, never half.
+
+    Raises:
+        CheckpointError: if the file cannot be written (a full disk, say); `path` is then what it was before.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files; here whoever sees the folder may read
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: Exception) -> CheckpointError:
+    """The sentence for a file that cannot be written. safetensors reports the system's reason at the end of its own message."""
+    reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
+    return CheckpointError(
+        f"cannot write {path}: {reason}; everything saved before is intact, so put that right and run the same command again to continue"
+    )
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder; it has no need to
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(state: Any) -> str:
+    """The sha256, in hexadecimal, of a nest as `save` takes it: equal when names, types, shapes and every bit are equal."""
+    structure, tensors = _flatten(state)
+    digest = hashlib.sha256(json.dumps(structure).encode())
+    for key, tensor in tensors.items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process. The lock is the system's: it goes when the process dies, however it dies.
+
+    Raises:
+        CheckpointError: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(f"another process is at work in {folder}; wait until it ends, or choose another output_dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: set[str]) -> list[str]:
+    """The dotted keys, sorted, whose values differ between two nested configurations.
+
+    Args:
+        old: one configuration.
+        new: the other.
+        ignore: dotted keys that may differ; a key stands for everything below it too.
+    """
+    before, after = _leaves(old), _leaves(new)
+    keys = {key for key in before.keys() | after.keys() if key not in before or key not in after or before[key] != after[key]}
+    return sorted(key for key in keys if not any(key == other or key.startswith(other + ".") for other in ignore))
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
+
+
+# ---- one checkpoint ----------------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, state: Any, *, base: Path | None = None, **notes: str | bool) -> None:
+    """Write `state` to `path` (.safetensors) and its record to the .json beside it.
+
+    Args:
+        path: where; the folder exists.
+        state: any nest of dict (keys: str or int), list, tuple, Tensor, int, float, bool, str and None. Tensors come back on the CPU with
+            the same type, shape and bits; two that share memory come back as two.
+        base: an earlier checkpoint in the same folder; tensors equal to the one of the same name there are not stored again.
+        notes: written in the record, for people and for `CheckpointFolder`.
+
+    Raises:
+        CheckpointError: if it cannot be written; an earlier checkpoint of another name is untouched.
+        TypeError: if `state` holds anything else.
+    """
+    structure, tensors = _flatten(state)
+    in_base = [] if base is None else _keys_equal_in(base, tensors)
+    stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items() if key not in in_base}
+    metadata = {"structure": json.dumps(structure, allow_nan=False)}
+    if base is not None:
+        metadata |= {"base": base.name, "base_sha256": _recorded_sha256(base), "in_base": json.dumps(in_base)}
+    write_atomically(path, lambda temporary: save_file(_separate(stored), temporary, metadata=metadata))
+    text = json.dumps(notes | {"sha256": sha256_file(path)}, indent=2) + "\n"
+    write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(text))
+
+
+def load(path: Path) -> Any:
+    """Read what `save` wrote, after checking the hashes of the file and of its base.
+
+    Raises:
+        CheckpointError: if the file or its base is missing or damaged.
+    """
+    _verify(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = _read(file, file.keys())
+    if "base" in metadata:
+        base = path.with_name(metadata["base"])
+        if _verify(base) != metadata["base_sha256"]:
+            raise CheckpointError(f"{base} is not the file that {path} was saved against")
+        with safe_open(base, "pt") as file:
+            tensors |= _read(file, json.loads(metadata["in_base"]))
+    return _decode(json.loads(metadata["structure"]), tensors)
+
+
+def _read(file: safe_open, keys: Iterable[str]) -> dict[str, Tensor]:
+    return {key: file.get_tensor(key).clone() for key in keys}  # cloned: the originals are windows on a file that will be removed
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.with_suffix(".json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}  # missing or damaged: no hash to trust, no boundary
+
+
+def _recorded_sha256(path: Path) -> str:
+    sha256 = _record(path).get("sha256")
+    if not isinstance(sha256, str):
+        raise CheckpointError(f"{path.with_suffix('.json')} is missing or damaged")
+    return sha256
+
+
+def _verify(path: Path) -> str:
+    """The sha256 of the file, which is also the one in its record."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
+    sha256 = sha256_file(path)
+    if sha256 != _recorded_sha256(path):
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {path.with_suffix('.json').name}")
+    return sha256
+
+
+def _flatten(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The nest as JSON values, with {"tensor": key} where a tensor was, and the tensors by key ("method/backbone.norm.weight")."""
+    tensors: dict[str, Tensor] = {}
+    return _encode(state, "", tensors), tensors
+
+
+def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        # The keys 1 and "1" of one dict would give one name; safetensors keeps "__metadata__" for itself.
+        while key in tensors or key == "__metadata__":
+            key += "'"
+        tensors[key] = value.detach()
+        return {"tensor": key}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}  # strict JSON has no NaN
+    prefix = f"{key}/" if key else ""
+    if isinstance(value, list | tuple):
+        items = [_encode(item, f"{prefix}{index}", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, Mapping) and all(isinstance(name, str | int) for name in value):
+        return {"dict": [[name, _encode(item, f"{prefix}{name}", tensors)] for name, item in value.items()]}
+    raise TypeError(
+        f"state entry {key!r} is a {type(value).__name__}; a checkpoint holds dicts with str or int keys, lists, tuples, tensors, "
+        "numbers, strings and None: convert it"
+    )
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    return {name: _decode(item, tensors) for name, item in content}
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """(n,) uint8: the tensor's bytes. Comparing them tells 0.0 from -0.0 and calls a NaN equal to itself."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _keys_equal_in(base: Path, tensors: dict[str, Tensor]) -> list[str]:
+    try:
+        with safe_open(base, "pt") as file:  # memory-mapped: one tensor at a time
+            known = set(file.keys())
+            return [key for key, tensor in tensors.items() if key in known and _is_same(tensor, file.get_tensor(key))]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{base} is missing or damaged") from error
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, no two in one piece of memory: safetensors refuses those."""
+    seen: set[int] = set()
+    separate = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        separate[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
+
+
+# ---- the checkpoints of a run ------------------------------------------------------------------------------------------------------
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: numbered, the newest few kept.
+
+    Only `save` and `save_base` change the folder, so anybody may read it while the run goes on.
+
+    Args:
+        path: the folder; made when something is saved.
+        keep: how many of the newest checkpoints stay. The newest one saved with `boundary=True` stays besides.
+    """
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        self.path = Path(path)
+        self.keep = keep
+        self.base = self.path / "base.safetensors"
+        self._damaged: set[Path] = set()  # found by `latest`: they must not count among the kept
+
+    def save_base(self, state: Any) -> None:
+        """Store once, before the first checkpoint, what later ones need not repeat: e.g. `{"method": method.state_dict()}`.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        assert not self._paths(), "the base of existing checkpoints must not change"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.base.with_suffix(".json").unlink(missing_ok=True)  # a kill in between must not leave an old record beside a new file
+        save(self.base, state)
+
+    def save(self, state: Any, tag: str, *, boundary: bool = False) -> None:
+        """Write the next checkpoint, then remove those no longer kept, and what a killed process left.
+
+        Args:
+            state: see `save`.
+            tag: letters, digits, `_` and `-`; becomes part of the name.
+            boundary: whether a task has just ended.
+
+        Raises:
+            CheckpointError: if it cannot be written; the earlier ones stay, and nothing of this one does.
+        """
+        assert re.fullmatch(r"[\w-]+", tag), f"unsuitable as part of a file name: {tag!r}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.name.split("-")[0]) for path in self._paths()), default=0)
+        base = self.base if self.base.with_suffix(".json").exists() else None
+        try:
+            save(self.path / f"{number:06d}-{tag}.safetensors", state, base=base, tag=tag, boundary=boundary)
+        finally:
+            self._prune()
+
+    def latest(self) -> Any | None:
+        """The newest state that can be read, or None if none was saved. Each newer one that cannot is named in a warning.
+
+        Raises:
+            CheckpointError: if there are checkpoints but none can be read.
+        """
+        return self._first_readable(self._paths())
+
+    def latest_boundary(self) -> Any | None:
+        """Like `latest`, among those saved with `boundary=True`."""
+        return self._first_readable([path for path in self._paths() if _is_boundary(path)])
+
+    def _paths(self) -> list[Path]:
+        """The tensor files of the checkpoints (those with a record), oldest first."""
+        return sorted(path.with_suffix(".safetensors") for path in self.path.glob("[0-9]*-*.json"))
+
+    def _first_readable(self, paths: list[Path]) -> Any | None:
+        error = None
+        for path in reversed(paths):
+            try:
+                return load(path)
+            except CheckpointError as reason:
+                error = reason
+                self._damaged.add(path)
+                logger.warning("checkpoint %s cannot be used: %s", path.name, reason)
+        if error is not None:
+            raise CheckpointError(
+                f"no checkpoint in {self.path} can be read ({error}); restore the folder from a copy, or remove it to start this run again"
+            ) from error
+        return None
+
+    def _prune(self) -> None:
+        paths = [path for path in self._paths() if path not in self._damaged]
+        kept = paths[-self.keep :] + [path for path in paths if _is_boundary(path)][-1:]
+        names = {path.with_suffix(suffix).name for path in kept for suffix in (".json", ".safetensors")}
+        files = [file for pattern in ("[0-9]*-*.json", "[0-9]*-*.safetensors", "*.tmp", ".tmp*") for file in self.path.glob(pattern)]
+        for file in files:  # records first: without one, what is left of a checkpoint is no checkpoint. safetensors writes .tmp*
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+
+
+def _is_boundary(path: Path) -> bool:
+    return _record(path).get("boundary") is True
