@@ -1,10 +1,10 @@
 """Supervised pretraining of `vit_micro`, the small ViT whose weights ship in the package.
 
-    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/vit_micro --minutes 75
+    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/vit_micro --minutes 79
     python experiments/pretrain/pretrain.py export --data tinyimagenet32.npz --run runs/vit_micro --to inflora/weights/vit_micro.safetensors
 
-`train` continues from `OUT/checkpoint.pt` when there is one. Its schedule follows a budget of optimizer steps (`--epochs`), of minutes
-(`--minutes`), or of both: progress is the larger of the two fractions, so that the learning rate reaches zero even on a busy machine.
+`train` continues from `OUT/checkpoint.pt` when there is one. Its schedule follows a budget of epochs, of minutes, or of both: progress is
+the larger of the two fractions, so that the learning rate reaches zero in time even on a machine that does other work as well.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,9 @@ log = logging.getLogger("pretrain")
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 GEOMETRY = {"img_size": 32, "patch_size": 4, "depth": 6}
+MAX_SHIFT = 4  # pixels: an eighth of the image, the usual amount at this size
 MAX_EXPORT_BYTES = 8_000_000
+SEED_STRIDE = 100_000  # keeps the streams of different seeds apart
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Images:
 
     pixels: Tensor
     labels: Tensor
+
+    def every(self, stride: int) -> "Images":
+        """Every `stride`-th image."""
+        return Images(self.pixels[::stride], self.labels[::stride])
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Dataset:
 
 
 def decode(source: Path | io.BytesIO) -> np.ndarray:
-    """Decode one image to (3, S, S) uint8, resizing when its size differs from the model's."""
+    """Decode one image to (3, 32, 32) uint8, resizing when its size differs from the model's."""
     size = GEOMETRY["img_size"]
     with Image.open(source) as image:
         rgb = image.convert("RGB")
@@ -66,22 +74,22 @@ def decode(source: Path | io.BytesIO) -> np.ndarray:
     return np.asarray(rgb).transpose(2, 0, 1)
 
 
-def decode_all(sources: list, labels: list[int] | np.ndarray) -> Images:
+def decode_all(sources: Sequence[Path | io.BytesIO], labels: Sequence[int] | np.ndarray) -> Images:
     """Decode once, with threads (PIL releases the interpreter lock while it decodes)."""
     size = GEOMETRY["img_size"]
     pixels = np.empty((len(sources), 3, size, size), np.uint8)
     with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(decode, sources, chunksize=256)):
+        for i, image in enumerate(pool.map(decode, sources)):
             pixels[i] = image
     return Images(torch.from_numpy(pixels), torch.as_tensor(np.asarray(labels), dtype=torch.int64))
 
 
 def load_npz(path: Path) -> Dataset:
-    """Read the packed format: encoded images one after the other, `num_train` training images first."""
+    """Read the packed format: `data`, encoded images one after the other, cut at `offsets`; `num_train` training images come first."""
     with np.load(path) as archive:
         data, offsets, labels = archive["data"].tobytes(), archive["offsets"].tolist(), archive["labels"]
         num_train, classes = int(archive["num_train"]), [str(name) for name in archive["classes"]]
-    files = [io.BytesIO(data[start:end]) for start, end in zip(offsets, offsets[1:], strict=False)]
+    files = [io.BytesIO(data[start:end]) for start, end in pairwise(offsets)]
     return Dataset(decode_all(files[:num_train], labels[:num_train]), decode_all(files[num_train:], labels[num_train:]), classes)
 
 
@@ -106,7 +114,9 @@ def load(path: Path) -> Dataset:
         return load_npz(path)
     if (path / "train").is_dir() and (path / "val").is_dir():
         return load_folder(path)
-    raise FileNotFoundError(f"--data={path} is neither a packed .npz file nor a folder with train/<class>/* and val/<class>/*; give one of them.")
+    raise FileNotFoundError(
+        f"--data={path} is neither a packed .npz file nor a folder with train/<class>/* and val/<class>/*; give one of them."
+    )
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -114,29 +124,38 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def augment(pixels: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Random shift of up to `pad` pixels with reflected borders, and a horizontal flip for half of the images. (B, 3, S, S) uint8."""
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random shift of up to `MAX_SHIFT` pixels with reflected borders, and a horizontal flip of half of the images. (B, 3, S, S) uint8."""
     batch, _, size, _ = pixels.shape
-    shift = torch.randint(-pad, pad + 1, (2, batch, 1), generator=generator)
-    rows, cols = (torch.arange(size) + shift).unbind(0)
+    shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, batch, 1), generator=generator)
+    index = (torch.arange(size) + shift).abs()
+    index = torch.where(index >= size, 2 * (size - 1) - index, index)
+    rows, cols = index.unbind(0)
     flipped = torch.rand(batch, 1, generator=generator) < 0.5
     cols = torch.where(flipped, cols.flip(1), cols)
-
-    def reflect(index: Tensor) -> Tensor:
-        index = index.abs()
-        return torch.where(index >= size, 2 * (size - 1) - index, index)
-
-    rows, cols = reflect(rows), reflect(cols)
-    # Indexing with (B, S, S) index tensors around the channel slice puts channels last.
+    # The channel slice between index tensors moves channels last.
     picked = pixels[torch.arange(batch)[:, None, None], :, rows[:, :, None], cols[:, None, :]]
     return picked.permute(0, 3, 1, 2)
+
+
+def training_batch(images: Images, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The augmented batch of one step, a function of `seed` and `step` alone, so that a resumed run sees the same images.
+
+    Returns:
+        float32 (B, 3, S, S) in [-1, 1] and labels (B,). Each epoch is a new permutation; its last, incomplete batch is left out.
+    """
+    epoch, position = divmod(step, len(images.labels) // batch_size)
+    order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed * SEED_STRIDE + epoch))
+    chosen = order[position * batch_size : (position + 1) * batch_size]
+    noise = torch.Generator().manual_seed(seed * SEED_STRIDE + SEED_STRIDE // 2 + step)
+    return normalize(augment(images.pixels[chosen], noise)), images.labels[chosen]
 
 
 # --- model and schedule ---------------------------------------------------------------------------------------------------------------
 
 
 def build_model(num_classes: int) -> nn.Module:
-    """`vit_micro` from random weights; `patch_drop_rate` only makes timm create the layer, whose rate `train` sets."""
+    """`vit_micro` with random weights; naming a `patch_drop_rate` only makes timm create the layer, `train` sets the rate at each step."""
     return timm.create_model(ARCHITECTURE, num_classes=num_classes, patch_drop_rate=0.5, **GEOMETRY)
 
 
@@ -147,21 +166,22 @@ def learning_rate_factor(progress: float, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (progress - warmup) / (1.0 - warmup))))
 
 
-def ema_update(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Move the averaged weights towards the model's, faster during the first steps."""
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """Move the averaged weights towards the model's; the first steps, which start from noise, count less."""
     decay = min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+    for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(value, 1.0 - decay)
 
 
 @torch.no_grad()
-def accuracy_percent(model: nn.Module, images: Images, bf16: bool = False, batch_size: int = 500) -> float:
+def accuracy_percent(model: nn.Module, images: Images, bf16: bool, batch_size: int = 500) -> float:
     """Top-1 accuracy in percent, without augmentation."""
     model.eval()
     correct = 0
     for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            correct += (model(normalize(pixels)).argmax(1) == labels).sum().item()
+            correct += int((model(normalize(pixels)).argmax(1) == labels).sum())
     return 100.0 * correct / len(images.labels)
 
 
@@ -169,15 +189,57 @@ def accuracy_percent(model: nn.Module, images: Images, bf16: bool = False, batch
 
 
 class Run:
-    """Everything a checkpoint holds: weights, their average, optimizer, random state, position and elapsed time."""
+    """A pretraining run: what a checkpoint holds, one step of it, and the budget it follows.
 
-    def __init__(self, args: argparse.Namespace, num_classes: int) -> None:
+    Attributes:
+        model, average: the trained weights and their exponential moving average, which is what gets exported.
+        step: optimizer steps done.
+        elapsed_s: seconds of training, start-up excluded, summed over restarts.
+    """
+
+    def __init__(self, args: argparse.Namespace, num_classes: int, steps_per_epoch: int) -> None:
         torch.manual_seed(args.seed)
+        self.args = args
+        self.steps_per_epoch = steps_per_epoch
         self.model = build_model(num_classes)
         self.average = copy.deepcopy(self.model)
+        self.forward = torch.compile(self.model) if args.compile else self.model
         self.optimizer = create_optimizer_v2(self.model, opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98))
         self.step = 0
         self.elapsed_s = 0.0
+
+    def progress(self) -> float:
+        """Fraction of the budget used: the larger one of the step and the time fractions."""
+        steps = self.step / (self.args.epochs * self.steps_per_epoch) if self.args.epochs else 0.0
+        minutes = self.elapsed_s / (60.0 * self.args.minutes) if self.args.minutes else 0.0
+        return max(steps, minutes)
+
+    def train_step(self, images: Images) -> float:
+        """One optimizer step on the batch of `self.step`; returns its loss.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        args, progress = self.args, self.progress()
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * learning_rate_factor(progress, args.warmup)
+        self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
+        self.model.train()
+        x, y = training_batch(images, self.step, args.batch_size, args.seed)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            logits = self.forward(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.step}; lower --lr={args.lr} and start in a new --out folder."
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_average(self.average, self.model, self.step, args.ema_decay)
+        self.step += 1
+        return loss.item()
 
     def save(self, path: Path) -> None:
         """Write atomically: a kill leaves the previous checkpoint."""
@@ -202,91 +264,59 @@ class Run:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
 
-def progress(args: argparse.Namespace, step: int, steps_per_epoch: int, elapsed_s: float) -> float:
-    """Fraction of the budget used: the larger one of the step and the time fractions."""
-    steps = step / (args.epochs * steps_per_epoch) if args.epochs else 0.0
-    minutes = elapsed_s / (60.0 * args.minutes) if args.minutes else 0.0
-    return max(steps, minutes)
+def validate(run: Run, images: Images, losses: list[float], final: bool) -> None:
+    """Append one line to metrics.jsonl; `losses` are those since the last line."""
+    row = {
+        "step": run.step,
+        "epoch": round(run.step / run.steps_per_epoch, 3),
+        "elapsed_s": round(run.elapsed_s, 1),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "patch_drop": run.model.patch_drop.prob,
+        "train_loss": sum(losses) / max(1, len(losses)),
+        "val_images": len(images.labels),
+        "val_accuracy_percent": accuracy_percent(run.model, images, run.args.bf16),
+        "val_accuracy_average_percent": accuracy_percent(run.average, images, run.args.bf16),
+        "final": final,
+    }
+    with (run.args.out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    log.info("%s", json.dumps(row))
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train until the budget is spent, writing checkpoint.pt, metrics.jsonl and args.json under `args.out`."""
+    """Train until the budget is spent, writing checkpoint.pt, metrics.jsonl and args.json under `args.out`.
+
+    Raises:
+        ValueError: without a budget, or with a batch larger than the training set.
+    """
     if not args.epochs and not args.minutes:
         raise ValueError("train needs a budget, but neither --epochs nor --minutes is above 0; give at least one of them.")
-    args.out.mkdir(parents=True, exist_ok=True)
     data = load(args.data)
-    train_set, val_subset = data.train, Images(data.val.pixels[:: args.val_stride], data.val.labels[:: args.val_stride])
-    steps_per_epoch = len(train_set.labels) // args.batch_size
-    run, checkpoint = Run(args, len(data.classes)), args.out / "checkpoint.pt"
+    num_train = len(data.train.labels)
+    if args.batch_size > num_train:
+        raise ValueError(f"--batch-size={args.batch_size} exceeds the {num_train} training images; choose 1..{num_train}.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "args.json").write_text(json.dumps(vars(args) | {"run_command": "train"}, default=str, indent=2))
+    run, checkpoint = Run(args, len(data.classes), num_train // args.batch_size), args.out / "checkpoint.pt"
     if checkpoint.exists():
         run.restore(checkpoint)
-    (args.out / "args.json").write_text(json.dumps(vars(args), default=str, indent=2))
-    log.info("%d training and %d validation images, %d classes, %d steps an epoch; starting at step %d, %.0f s",
-             len(train_set.labels), len(data.val.labels), len(data.classes), steps_per_epoch, run.step, run.elapsed_s)  # fmt: skip
+    message = "%d training and %d validation images of %d classes, %d steps an epoch; starting at step %d after %.0f s"
+    log.info(message, num_train, len(data.val.labels), len(data.classes), run.steps_per_epoch, run.step, run.elapsed_s)
 
-    forward = torch.compile(run.model) if args.compile else run.model
-    started = time.monotonic() - run.elapsed_s
-    last_save, losses, window_start, window_step = run.elapsed_s, [], run.elapsed_s, run.step
-    order: Tensor = torch.empty(0)
-    order_epoch = -1
-
-    def report(final: bool) -> None:
-        nonlocal losses, window_start, window_step
-        images = data.val if final else val_subset
-        row = {
-            "step": run.step,
-            "epoch": round(run.step / steps_per_epoch, 3),
-            "elapsed_s": round(run.elapsed_s, 1),
-            "lr": run.optimizer.param_groups[0]["lr"],
-            "patch_drop": run.model.patch_drop.prob,
-            "train_loss": sum(losses) / max(1, len(losses)),
-            "images_per_s": round((run.step - window_step) * args.batch_size / max(1e-9, run.elapsed_s - window_start), 1),
-            "val_images": len(images.labels),
-            "val_accuracy_percent": accuracy_percent(run.model, images, args.bf16),
-            "val_accuracy_average_percent": accuracy_percent(run.average, images, args.bf16),
-            "final": final,
-        }
-        with (args.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        log.info("%s", json.dumps(row))
-        run.elapsed_s = time.monotonic() - started
-        losses, window_start, window_step = [], run.elapsed_s, run.step
-
-    while (done := progress(args, run.step, steps_per_epoch, run.elapsed_s)) < 1.0:
-        epoch, position = divmod(run.step, steps_per_epoch)
-        if epoch != order_epoch:
-            order = torch.randperm(len(train_set.labels), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
-            order_epoch = epoch
-        chosen = order[position * args.batch_size : (position + 1) * args.batch_size]
-        noise = torch.Generator().manual_seed(args.seed * 100_003 + 50_000 + run.step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate_factor(done, args.warmup)
-        run.model.patch_drop.prob = args.patch_drop if done < args.patch_drop_until else 0.0
-        run.model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            logits = forward(normalize(augment(train_set.pixels[chosen], noise)))
-        loss = F.cross_entropy(logits.float(), train_set.labels[chosen], label_smoothing=args.label_smoothing)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {run.step}; lower --lr={args.lr} and start again.")
-        loss.backward()
-        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        ema_update(run.average, run.model, run.step, args.ema_decay)
-        losses.append(loss.item())
-        run.step += 1
-        run.elapsed_s = time.monotonic() - started
+    started_s, saved_s = time.monotonic() - run.elapsed_s, run.elapsed_s
+    losses: list[float] = []
+    while run.progress() < 1.0:
+        losses.append(run.train_step(data.train))
         if run.step % args.log_steps == 0:
-            log.info("step %d, %.0f s, loss %.3f", run.step, run.elapsed_s, sum(losses[-args.log_steps :]) / args.log_steps)
-        if run.step % steps_per_epoch == 0:
-            report(final=False)
-        if run.elapsed_s - last_save > 60.0 * args.save_minutes:
+            log.info("step %d, %.0f s, loss %.3f", run.step, run.elapsed_s, sum(losses[-args.log_steps :]) / len(losses[-args.log_steps :]))
+        if run.step % run.steps_per_epoch == 0:
+            validate(run, data.val.every(args.val_stride), losses, final=False)
+            losses = []
+        run.elapsed_s = time.monotonic() - started_s
+        if run.elapsed_s - saved_s >= 60.0 * args.save_minutes:
             run.save(checkpoint)
-            last_save = run.elapsed_s
-        if args.stop_after_steps and run.step >= args.stop_after_steps:
-            break
-    else:
-        report(final=True)
+            saved_s = run.elapsed_s
+    validate(run, data.val, losses, final=True)
     run.save(checkpoint)
 
 
@@ -294,37 +324,76 @@ def train(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    raise NotImplementedError
+    """Write the averaged weights, without the classification head, in half precision, and print the facts for the model card.
+
+    The accuracy is measured with the backbone read back from the written file into a new timm model; the head, which is not shipped, comes
+    from the run.
+
+    Raises:
+        ValueError: if the file would exceed `MAX_EXPORT_BYTES`.
+    """
+    average = torch.load(args.run / "checkpoint.pt", weights_only=True)["average"]
+    head = {name: value for name, value in average.items() if name.startswith("head.")}
+    backbone = {name: value.half().contiguous() for name, value in average.items() if name not in head}
+    description = {"architecture": ARCHITECTURE, "arguments": GEOMETRY | {"num_classes": 0}, "mean": [0.5] * 3, "std": [0.5] * 3}
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    # One metadata entry: the order of several is not defined, and the same weights should give the same bytes.
+    save_file(backbone, args.to, metadata={"timm": json.dumps(description)})
+    size = args.to.stat().st_size
+    if size > MAX_EXPORT_BYTES:
+        args.to.unlink()
+        raise ValueError(f"the exported file has {size} bytes, more than the {MAX_EXPORT_BYTES} the package allows; make GEOMETRY smaller.")
+
+    model = timm.create_model(ARCHITECTURE, num_classes=len(head["head.bias"]), **GEOMETRY)
+    model.load_state_dict({name: value.float() for name, value in load_file(args.to).items()} | head, strict=True)
+    val = load(args.data).val
+    facts = {
+        "file": args.to.name,
+        "bytes": size,
+        "parameters": sum(value.numel() for value in backbone.values()),
+        "sha256": hashlib.sha256(args.to.read_bytes()).hexdigest(),
+        "val_images": len(val.labels),
+        "val_accuracy_percent": accuracy_percent(model, val, bf16=False),
+    }
+    print(json.dumps(facts, indent=2))
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+# --- command line ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; the defaults are the recipe of the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    t = commands.add_parser("train", help="pretrain, or continue a stopped run")
+    t = commands.add_parser("train", help="pretrain, or continue a stopped run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     t.add_argument("--data", type=Path, required=True, help="packed .npz, or a folder with train/<class>/* and val/<class>/*")
     t.add_argument("--out", type=Path, required=True, help="run folder; holds the checkpoint to continue from")
     t.add_argument("--epochs", type=int, default=0, help="budget in epochs; 0: none")
     t.add_argument("--minutes", type=float, default=0.0, help="budget in minutes of training, kept across restarts; 0: none")
-    t.add_argument("--batch-size", type=int, default=256)
-    t.add_argument("--optimizer", default="nmuon", help="a timm optimizer name")
+    t.add_argument("--batch-size", type=int, default=256, help="images a step")
+    t.add_argument("--optimizer", default="nmuon", help="a timm optimizer; nmuon: Muon with Nesterov for matrices, AdamW for the rest")
     t.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    t.add_argument("--weight-decay", type=float, default=0.05)
+    t.add_argument("--weight-decay", type=float, default=0.05, help="decoupled")
     t.add_argument("--warmup", type=float, default=0.04, help="fraction of the budget")
-    t.add_argument("--label-smoothing", type=float, default=0.1)
-    t.add_argument("--patch-drop", type=float, default=0.5, help="fraction of the patches left out while progress < --patch-drop-until")
-    t.add_argument("--patch-drop-until", type=float, default=0.65)
+    t.add_argument("--label-smoothing", type=float, default=0.1, help="probability spread over all classes")
+    t.add_argument("--patch-drop", type=float, default=0.5, help="fraction of the patches left out in the first part of the run")
+    t.add_argument("--patch-drop-until", type=float, default=0.65, help="length of that part, as a fraction of the budget")
     t.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    t.add_argument("--ema-decay", type=float, default=0.995)
-    t.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    t.add_argument("--seed", type=int, default=0)
-    t.add_argument("--val-stride", type=int, default=5, help="validate every epoch on every n-th image; the last validation uses all")
-    t.add_argument("--log-steps", type=int, default=50)
-    t.add_argument("--save-minutes", type=float, default=3.0)
-    t.add_argument("--stop-after-steps", type=int, default=0, help="stop early, as an interruption would, keeping the schedule; 0: never")
+    t.add_argument("--ema-decay", type=float, default=0.995, help="of the averaged weights, per step")
+    t.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
+    t.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
+    t.add_argument("--val-stride", type=int, default=5, help="each epoch validates on every n-th image, the end on all")
+    t.add_argument("--log-steps", type=int, default=50, help="steps between two log lines")
+    t.add_argument("--save-minutes", type=float, default=3.0, help="minutes between two checkpoints")
     t.set_defaults(run_command=train)
+
+    e = commands.add_parser("export", help="write the weights for the package and print the facts for the model card")
+    e.add_argument("--data", type=Path, required=True, help="the data of the run, to measure the accuracy of the written file")
+    e.add_argument("--run", type=Path, required=True, help="run folder")
+    e.add_argument("--to", type=Path, required=True, help="safetensors file to write")
+    e.set_defaults(run_command=export)
     return parser.parse_args(argv)
 
 

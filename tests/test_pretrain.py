@@ -1,0 +1,190 @@
+"""experiments/pretrain/pretrain.py on a handful of synthetic images, and the weights it made for the package."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+SIZE, CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 32, ["n01", "n02"], 8, 2
+
+
+def import_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pretrain", ROOT / "experiments" / "pretrain" / "pretrain.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pretrain"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+pretrain = import_tool()
+
+
+def png(seed: int, size: int = SIZE) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/<class>/*.png and val/<class>/*.png."""
+    root, seed = tmp_path_factory.mktemp("images"), 0
+    for split, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                (root / split / name / f"{i}.png").write_bytes(png(seed))
+                seed += 1
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images as one .npz."""
+    files = [sorted((folder / split / name).iterdir()) for split in ("train", "val") for name in CLASSES]
+    blobs = [path.read_bytes() for paths in files for path in paths]
+    labels = [i % len(CLASSES) for i, paths in enumerate(files) for _ in paths]
+    path = tmp_path_factory.mktemp("packed") / "images.npz"
+    offsets = np.cumsum([0, *map(len, blobs)], dtype=np.int64)
+    num_train = TRAIN_PER_CLASS * len(CLASSES)
+    np.savez(
+        path,
+        data=np.frombuffer(b"".join(blobs), np.uint8),
+        offsets=offsets,
+        labels=np.array(labels, np.int16),
+        num_train=num_train,
+        classes=np.array(CLASSES),
+    )
+    return path
+
+
+def train(data: Path, out: Path, *options: str) -> None:
+    fixed = ["--batch-size", "4", "--epochs", "1", "--val-stride", "1", "--no-compile", "--no-bf16", "--log-steps", "1"]
+    pretrain.main(["train", "--data", str(data), "--out", str(out), *fixed, *options])
+
+
+def checkpoint(out: Path) -> dict:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def test_folder_and_packed_file_give_the_same_dataset(folder: Path, packed: Path) -> None:
+    one, other = pretrain.load(folder), pretrain.load(packed)
+    assert one.classes == other.classes == CLASSES
+    for split in ("train", "val"):
+        assert torch.equal(getattr(one, split).pixels, getattr(other, split).pixels)
+        assert torch.equal(getattr(one, split).labels, getattr(other, split).labels)
+    assert one.train.labels.tolist() == [0] * TRAIN_PER_CLASS + [1] * TRAIN_PER_CLASS
+    expected = np.asarray(Image.open(folder / "train" / "n02" / "3.png")).transpose(2, 0, 1)
+    assert np.array_equal(one.train.pixels[TRAIN_PER_CLASS + 3].numpy(), expected)
+
+
+def test_larger_images_are_resized() -> None:
+    assert pretrain.decode(io.BytesIO(png(0, size=48))).shape == (3, SIZE, SIZE)
+
+
+def test_unreadable_data_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is neither a packed \.npz file nor a folder with train/<class>/\*"):
+        pretrain.load(tmp_path / "nothing")
+
+
+def test_no_budget_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither --epochs nor --minutes is above 0"):
+        pretrain.main(["train", "--data", str(packed), "--out", str(tmp_path)])
+
+
+def test_a_batch_above_the_training_set_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--batch-size=17 exceeds the 16 training images; choose 1\.\.16"):
+        train(packed, tmp_path, "--batch-size", "17")
+
+
+def test_augment_gives_a_shifted_and_possibly_mirrored_view() -> None:
+    pixels = torch.arange(SIZE * SIZE).view(1, 1, SIZE, SIZE).expand(64, 3, SIZE, SIZE)
+    views = pretrain.augment(pixels, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(pixels[:1].float(), [pretrain.MAX_SHIFT] * 4, mode="reflect")
+    windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)[0, 0].reshape(-1, SIZE, SIZE).long()
+    plain = (views[:, 0, None] == windows).all((2, 3)).any(1)
+    mirrored = (views[:, 0, None].flip(3) == windows).all((2, 3)).any(1)
+    assert bool((plain ^ mirrored).all())
+    assert 16 < int(mirrored.sum()) < 48
+
+
+def test_an_epoch_sees_each_image_once() -> None:
+    labels = torch.arange(12)
+    images = pretrain.Images(torch.zeros(12, 3, SIZE, SIZE, dtype=torch.uint8), labels)
+    seen = torch.cat([pretrain.training_batch(images, step, batch_size=4, seed=0)[1] for step in range(3)])
+    second = torch.cat([pretrain.training_batch(images, step, batch_size=4, seed=0)[1] for step in range(3, 6)])
+    assert torch.equal(seen.sort().values, labels)
+    assert torch.equal(second.sort().values, labels)
+    assert not torch.equal(seen, second)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    factors = [pretrain.learning_rate_factor(progress, 0.1) for progress in (0.0, 0.05, 0.1, 0.55, 1.0, 1.2)]
+    assert factors == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_the_tighter_budget_sets_the_progress() -> None:
+    args = pretrain.parse(["train", "--data", "x", "--out", "y", "--epochs", "2", "--minutes", "1", "--no-compile"])
+    run = pretrain.Run(args, num_classes=2, steps_per_epoch=10)
+    run.step, run.elapsed_s = 5, 30.0
+    assert run.progress() == 0.5
+    run.step = 15
+    assert run.progress() == 0.75
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(packed, tmp_path / "whole")
+    step = pretrain.Run.train_step
+
+    def interrupted(run, images):
+        if run.step == 2:
+            raise KeyboardInterrupt
+        return step(run, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.Run, "train_step", interrupted)
+        train(packed, tmp_path / "resumed", "--save-minutes", "0")
+    assert checkpoint(tmp_path / "resumed")["step"] == 2
+    train(packed, tmp_path / "resumed")
+
+    whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed")
+    assert whole["step"] == resumed["step"] == 4
+    for part in ("model", "average"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
+    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["final"] and last["val_images"] == VAL_PER_CLASS * len(CLASSES)
+
+
+def test_export_loads_strictly_into_timm(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(packed, tmp_path / "run")
+    file = tmp_path / "weights" / "micro.safetensors"
+    arguments = ["export", "--data", str(packed), "--run", str(tmp_path / "run"), "--to", str(file)]
+    pretrain.main(arguments)
+    facts = json.loads(capsys.readouterr().out)
+    content = file.read_bytes()
+    assert facts["sha256"] == hashlib.sha256(content).hexdigest()
+    assert facts["bytes"] == len(content) < pretrain.MAX_EXPORT_BYTES
+
+    with safe_open(file, "pt") as opened:
+        description = json.loads(opened.metadata()["timm"])
+    model = timm.create_model(description["architecture"], **description["arguments"])
+    model.load_state_dict(load_file(file), strict=True)
+    average = checkpoint(tmp_path / "run")["average"]
+    assert all(torch.equal(value, average[name].half().float()) for name, value in model.state_dict().items())
+    assert all(value.dtype == torch.float16 for value in load_file(file).values())
+
+    pretrain.main(arguments)
+    assert file.read_bytes() == content
