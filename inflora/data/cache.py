@@ -1,9 +1,42 @@
-"""Decoded images as uint8."""
+"""Decoded images as uint8: decoded once, kept in `~/.cache/inflora` (or $INFLORA_CACHE), memory-mapped from then on.
 
-from typing import Protocol
+One folder per source of images holds `pixels.bin`, the images' uint8 values one after the other, each as (3, H, W), and `sizes.npy`, their
+(N, 2) heights and widths. The folder's name ends in a fingerprint of the files (paths, sizes, times of change), so a changed source is
+decoded anew. It appears by one rename, when complete.
+"""
 
+import errno
+import io
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar
+
+import numpy as np
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from inflora.data.sources import Source
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+DECODE_CHUNK = 64
+"""Images per thread job: small images decode in 0.1 ms, less than it costs to hand a job to a thread."""
+
+
+# ------------------------------------------------------------------------------------------------------------------------- stores
 
 
 class ImageStore(Protocol):
@@ -28,7 +61,7 @@ class ImageStore(Protocol):
 class FixedImages:
     """Images of one size: `pixels` is uint8 (N, 3, H, W), in memory or memory-mapped."""
 
-    sizes = None
+    sizes: Tensor | None = None
 
     def __init__(self, pixels: Tensor) -> None:
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] == 3, (pixels.dtype, pixels.shape)
@@ -41,5 +74,170 @@ class FixedImages:
     def nbytes(self) -> int:
         return self.pixels.nbytes
 
-    def fetch(self, rows: Tensor) -> tuple[Tensor, None]:
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.pixels[rows], None
+
+
+class VariableImages:
+    """Images of different sizes: `flat` is uint8 (total,), the images one after the other as (3, H, W); `sizes` is (N, 2)."""
+
+    def __init__(self, flat: np.ndarray, sizes: Tensor) -> None:
+        lengths = 3 * sizes.prod(1)
+        assert flat.dtype == np.uint8 and len(flat) == lengths.sum(), (flat.dtype, len(flat), lengths.sum())
+        self.flat = flat
+        self.sizes: Tensor | None = sizes
+        self._sizes = sizes
+        self._offsets = (lengths.cumsum(0) - lengths).tolist()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.flat)
+
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        sizes = self._sizes[rows]
+        height, width = sizes.amax(0).tolist()
+        images = np.zeros((len(rows), 3, height, width), np.uint8)
+        for image, row, (h, w) in zip(images, rows.tolist(), sizes.tolist(), strict=True):
+            start = self._offsets[row]
+            image[:, :h, :w] = self.flat[start : start + 3 * h * w].reshape(3, h, w)
+        return torch.from_numpy(images), sizes
+
+
+class Rows:
+    """Some rows of a store, as a store: a split, without copying."""
+
+    def __init__(self, store: ImageStore, rows: Tensor) -> None:
+        self._store, self._rows = store, rows
+        self.sizes = None if store.sizes is None else store.sizes[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        if self.sizes is None:
+            return self._store.nbytes // max(1, len(self._store)) * len(self)
+        return int(3 * self.sizes.prod(1).sum())
+
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._store.fetch(self._rows[rows])
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int, ahead: int) -> Iterator[R]:
+    """Like `map`, order included, but in threads, with up to `ahead` results under way or waiting; leaving early cancels the rest."""
+    executor = ThreadPoolExecutor(num_threads, thread_name_prefix="images")
+    items = iter(items)
+    try:
+        waiting = deque(executor.submit(function, item) for item in itertools.islice(items, ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(executor.submit(function, item) for item in itertools.islice(items, 1))
+            yield result
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ decoding
+
+
+def cache_folder() -> Path:
+    """$INFLORA_CACHE, or `~/.cache/inflora`."""
+    return Path(os.environ["INFLORA_CACHE"]) if os.environ.get("INFLORA_CACHE") else Path.home() / ".cache" / "inflora"
+
+
+def decoded(source: Source, name: str) -> ImageStore:
+    """All images of a source, in the order of `source.paths`: from the cache, else decoded and cached.
+
+    Where the cache cannot be written (a read-only home), the images are decoded into memory for this run.
+
+    Raises:
+        ValueError: if a file is not a readable image; the message names it.
+        OSError: if the disk is full.
+    """
+    entry = cache_folder() / f"{name}-{source.identity[:12]}-{source.fingerprint[:12]}"
+    store = _open_entry(entry)
+    if store is not None:
+        return store
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    except OSError as error:
+        log.warning("cannot write the image cache (%s): decoding into memory for this run; set INFLORA_CACHE to a writable folder", error)
+        memory = io.BytesIO()
+        sizes = _decode(source, memory)
+        return _store(np.frombuffer(memory.getbuffer(), np.uint8), sizes)
+    try:
+        with open(partial / "pixels.bin", "wb") as file:
+            sizes = _decode(source, file)
+        np.save(partial / "sizes.npy", sizes)
+        _publish(partial, entry)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the disk of the image cache {entry.parent} is full: free some space there, or set INFLORA_CACHE to a folder on another disk"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    store = _open_entry(entry)
+    assert store is not None
+    return store
+
+
+def _publish(partial: Path, entry: Path) -> None:
+    """Give a complete cache entry its name, and drop the entries of earlier states of the same source."""
+    try:
+        partial.rename(entry)
+    except OSError:
+        if _open_entry(entry) is None:  # else another process was faster, with the same images
+            shutil.rmtree(entry, ignore_errors=True)  # damaged
+            partial.rename(entry)
+    for old in entry.parent.glob(f"{entry.name.rpartition('-')[0]}-*"):
+        if old != entry:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _open_entry(entry: Path) -> ImageStore | None:
+    """The images of a cache entry; None where it is missing or incomplete."""
+    try:
+        sizes = np.load(entry / "sizes.npy")
+        # Copy-on-write: nothing is written, but torch refuses arrays that are formally read-only.
+        flat = np.memmap(entry / "pixels.bin", np.uint8, mode="c")
+    except (OSError, ValueError, EOFError):
+        return None
+    return _store(flat, sizes) if len(flat) == 3 * sizes.prod(1).sum() else None
+
+
+def _store(flat: np.ndarray, sizes: np.ndarray) -> ImageStore:
+    if (sizes == sizes[0]).all():
+        return FixedImages(torch.from_numpy(flat.reshape(len(sizes), 3, *sizes[0])))
+    return VariableImages(flat, torch.from_numpy(sizes))
+
+
+def _decode(source: Source, file: BinaryIO) -> np.ndarray:
+    """Write all images of a source to `file`; returns their (N, 2) heights and widths."""
+    log.info("decoding %d images of %s, once", len(source.paths), source.location)
+    chunks = [source.paths[start : start + DECODE_CHUNK] for start in range(0, len(source.paths), DECODE_CHUNK)]
+    num_threads = min(16, os.cpu_count() or 1)
+    sizes: list[tuple[int, int]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(f"decoding {source.location.name}", total=len(source.paths))
+        for images in map_ahead(lambda paths: [_decode_one(source, path) for path in paths], chunks, num_threads, 2 * num_threads):
+            for image in images:
+                sizes.append((image.shape[0], image.shape[1]))
+                file.write(image.transpose(2, 0, 1).tobytes())
+            progress.advance(bar, len(images))
+    return np.array(sizes, dtype=np.int64)
+
+
+def _decode_one(source: Source, path: str) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(source.read(path))) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # damaged files make Pillow raise anything from OSError to SyntaxError
+        reason = "not an image Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
+        raise ValueError(f"image {path} in {source.location} cannot be decoded ({reason}); replace or remove it, then run again") from error

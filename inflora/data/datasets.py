@@ -4,16 +4,29 @@ Every function takes `root` (the configuration's `dataset.root`) and `split` (`d
 positions in the sorted class names, unless a split brings its own numbering. A user's files are only ever read.
 """
 
+import hashlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+import yaml
 from torch import Tensor
+from torchvision.datasets import CIFAR100
 
-from inflora.data.cache import FixedImages, ImageStore
+from inflora.data.cache import FixedImages, ImageStore, Rows, cache_folder, decoded
+from inflora.data.download import download
+from inflora.data.sources import Source, find_source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,14 @@ class Splits:
     split_id: str
 
 
+def hash_paths(paths: Sequence[str]) -> str:
+    """SHA-256 of the sorted paths, one a line, each ended by a newline: identifies a set of images."""
+    return hashlib.sha256("".join(f"{path}\n" for path in sorted(paths)).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- digits
+
+
 def digits(root: Path, *, split: str | None = None) -> Splits:
     """Scikit-learn's 1,797 handwritten digits, 8x8 pixels: no file, no download.
 
@@ -52,19 +73,337 @@ def digits(root: Path, *, split: str | None = None) -> Splits:
         split: there is only one; must be None.
     """
     _only_split("digits", split)
-    data = load_digits()
-    gray = torch.from_numpy((data.images * (255 / 16)).round().astype(np.uint8))
-    pixels = gray.unsqueeze(1).repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(data.target).long()
-    rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=data.target, random_state=0)
+    from sklearn.datasets import load_digits  # imported where it is needed: it takes a second
 
-    def subset(name: str, rows: np.ndarray) -> ImageSet:
-        kept = torch.from_numpy(np.sort(rows))
-        return ImageSet(FixedImages(pixels[kept]), labels[kept], [f"{name}/{labels[row]}/{row:04d}" for row in kept.tolist()])
+    values, targets = load_digits(return_X_y=True)
+    gray = torch.from_numpy((np.asarray(values) * (255 / 16)).round().astype(np.uint8))
+    pixels = gray.view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(np.asarray(targets)).long()
 
-    return Splits(subset("train", rows[0]), subset("test", rows[1]), [str(digit) for digit in range(10)], "stratified:0")
+    paths = [f"{digit}/{row:04d}" for row, digit in enumerate(labels.tolist())]
+    train, test = (_subset(FixedImages(pixels), labels, paths, rows) for rows in _stratified(labels, 0))
+    return Splits(train, test, [str(digit) for digit in range(10)], "stratified:0")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- CIFAR-100
+
+
+def cifar100(root: Path, *, split: str | None = None) -> Splits:
+    """CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels, 100 classes.
+
+    Accepted in `root`: torchvision's layout (`cifar-100-python`, or its .tar.gz, which is unpacked beside itself); or `train/<class>/*` and
+    `test/<class>/*` image folders, or a zip of those (see `find_source`); else it is downloaded. Images are named after their content and
+    sorted by it within their class, so every layout of the exact images gives the same run.
+
+    Args:
+        root: `dataset.root`.
+        split: there is only one; must be None.
+
+    Raises:
+        FileNotFoundError: if it is not there and cannot be downloaded: at most three lines that say what to put where.
+        ValueError: if what is there cannot be read.
+    """
+    _only_split("cifar100", split)
+    folder = _cifar100_folder(root)
+    if folder is None and (source := find_source(root, "cifar100", _train_and_test)) is not None:
+        splits = _from_train_test(source, "cifar100")
+    else:
+        splits = _read_cifar100(folder or _download_cifar100(root))
+    if len(splits.class_names) > 100:
+        raise ValueError(
+            f"dataset.root={root} holds {len(splits.class_names)} classes, CIFAR-100 has 100; run your own images with dataset=imagefolder"
+        )
+    _warn_unless_published("CIFAR-100", splits, num_classes=100, num_train=50_000, num_test=10_000)
+    train, test = (_by_content(images, name, splits.class_names) for name, images in (("train", splits.train), ("test", splits.test)))
+    return Splits(train, test, splits.class_names, "official")
+
+
+def _cifar100_folder(root: Path) -> Path | None:
+    """The unpacked folder in torchvision's layout, unpacking its archive first where only that is there."""
+    for folder in (root / CIFAR100.base_folder, root):
+        if all((folder / name).is_file() for name in ("train", "test", "meta")):
+            return folder
+    archive = root if root.name == CIFAR100.filename else root / CIFAR100.filename
+    return _unpack_cifar100(archive) if archive.is_file() else None
+
+
+def _unpack_cifar100(archive: Path) -> Path:
+    folder = archive.parent / CIFAR100.base_folder
+    partial = archive.parent / f".{CIFAR100.base_folder}.{os.getpid()}"
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        (partial / CIFAR100.base_folder).rename(folder)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        if not folder.is_dir():  # else another process was faster
+            raise ValueError(f"{archive} cannot be unpacked ({error}); delete it to download it again, or replace it") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _download_cifar100(root: Path) -> Path:
+    archive = root / CIFAR100.filename
+    try:
+        download(CIFAR100.url, archive, CIFAR100.tgz_md5)
+    except (ConnectionError, OSError) as error:
+        raise FileNotFoundError(
+            f"CIFAR-100 is not in {root.resolve()} and cannot be downloaded ({error}).\n"
+            f"Put {CIFAR100.filename} there (from {CIFAR100.url}),\n"
+            "or folders train/<class>/* and test/<class>/*, or a zip of them; or say where they are with dataset.root=FOLDER"
+        ) from None
+    return _unpack_cifar100(archive)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled lists, dictionaries and NumPy arrays, and refuses whatever else a pickle can do."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {"_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar"}
+        if (module.startswith("numpy") and name in allowed) or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no data")
+
+
+def _read_cifar100(folder: Path) -> Splits:
+    def load(name: str) -> dict[str, Any]:
+        try:
+            with open(folder / name, "rb") as file:
+                content = _ArrayUnpickler(file, encoding="latin1").load()
+            return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise ValueError(f"{folder / name} is damaged ({error}); delete {folder} to download it again, or replace it") from error
+
+    def image_set(name: str) -> ImageSet:
+        content = load(name)
+        pixels = torch.from_numpy(np.array(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+        labels = torch.tensor(content["fine_labels"], dtype=torch.long)
+        return ImageSet(FixedImages(pixels), labels, [f"{name}/{row}" for row in range(len(labels))])
+
+    return Splits(image_set("train"), image_set("test"), list(load("meta")["fine_label_names"]), "official")
+
+
+def _by_content(images: ImageSet, name: str, class_names: list[str]) -> ImageSet:
+    """Images sorted by class and content, called `name`/class/digest; left as they are unless they have CIFAR's 32x32 pixels."""
+    if images.images.sizes is not None or images.images.fetch(torch.tensor([0]))[0].shape[2:] != (32, 32):
+        return images
+    pixels, _ = images.images.fetch(torch.arange(len(images.labels)))
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels.numpy()]
+    labels = images.labels.tolist()
+    order = sorted(range(len(labels)), key=lambda row: (labels[row], digests[row]))
+    paths = [f"{name}/{class_names[labels[row]]}/{digests[row]}" for row in order]
+    return ImageSet(FixedImages(pixels[order]), images.labels[order], paths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- ImageNet-R
+
+# Hashes of the test paths "n......../file.jpg", as `hash_paths` computes them, of the published splits.
+_IMAGENET_R_HASHES = {
+    "inflora": "524afde876563993d1e8ce5e38b638a0b394adb503ce7d09b0576ac5522dd3dd",
+    "coda": "524a3ebf6dac30228a30387443c2c30a21c483b6d0d3c57768f74edd60cfecc3",
+}
+_INFLORA_SPLIT_SEED = 40
+
+
+def imagenet_r(root: Path, *, split: str) -> Splits:
+    """ImageNet-R: 30,000 renditions of 200 ImageNet classes, pictures of any size.
+
+    Accepted in `root`: a folder `imagenet-r/<wnid>/*`, or its content, or a zip or tar of it (see `find_source`). Images that lie in
+    `train/<wnid>/*` and `test/<wnid>/*` are taken too: all splits but "folders" then put them together again.
+
+    Args:
+        root: `dataset.root`.
+        split: "inflora", a random 80/20 split over all images, the one of the published InfLoRA logs; "coda", the list files of
+            CODA-Prompt, `imagenet-r_train.yaml` and `imagenet-r_test.yaml`, which the user puts into `root` (class numbers are the lists'
+            own); "folders", as the images lie in train/ and test/; "stratified:<seed>", 80/20 within every class.
+
+    Raises:
+        FileNotFoundError: if images or list files are missing.
+        ValueError: if `split` is none of these.
+    """
+    if re.fullmatch(r"inflora|coda|folders|stratified:\d+", str(split)) is None:
+        raise ValueError(f"dataset.split={split} is unknown; choose inflora, coda, folders or stratified:<seed>")
+    source = find_source(root, "imagenetr", _train_and_test if split == "folders" else _imagenet_r_folders)
+    if source is None:
+        wanted = "train/<wnid>/* and test/<wnid>/*" if split == "folders" else "imagenet-r/<wnid>/*"
+        raise FileNotFoundError(
+            f"ImageNet-R is not in {root.resolve()}.\n"
+            f"Put its images there as {wanted}, or a zip or uncompressed tar of them (imagenet-r.tar, from its authors' page),\n"
+            "or say where they are with dataset.root=FOLDER"
+        )
+    if split == "folders":
+        splits = _from_train_test(source, "imagenet_r")
+        return _warn_unless_published("ImageNet-R", splits, num_classes=200, num_train=24_000, num_test=6_000)
+    names = ["/".join(path.split("/")[-2:]) for path in source.paths]
+    # The recipe counts files in folder order; for images already divided into train/ and test/ that is not the order they were listed in.
+    order = sorted(range(len(names)), key=lambda row: names[row].rpartition("/"))
+    names = [names[row] for row in order]
+    images = Rows(decoded(source, "imagenet_r"), torch.tensor(order))
+    labels, class_names = _labels([name.split("/")[0] for name in names])
+    if split == "inflora":
+        permutation = torch.randperm(len(names), generator=torch.Generator().manual_seed(_INFLORA_SPLIT_SEED))
+        train, test = permutation.split([num_train := round(0.8 * len(names)), len(names) - num_train])
+    elif split == "coda":
+        train, test, labels, class_names = _coda_lists(root, names)
+    else:
+        train, test = _stratified(labels, int(split.removeprefix("stratified:")))
+    train, test = train.sort().values, test.sort().values
+    test_hash = hash_paths([names[row] for row in test.tolist()])
+    if split in _IMAGENET_R_HASHES and test_hash != _IMAGENET_R_HASHES[split]:
+        log.warning("the test images are not those of the published split %s of ImageNet-R", split)
+        split = f"{split} (unpublished)"
+    _keep_index(f"imagenet_r-{test_hash[:12]}", names, train, test)
+    splits = Splits(_subset(images, labels, names, train), _subset(images, labels, names, test), class_names, split)
+    return _warn_unless_published("ImageNet-R", splits, num_classes=200, num_train=24_000, num_test=6_000)
+
+
+def _imagenet_r_folders(folders: set[str]) -> list[str]:
+    return sorted(name for name in folders if re.fullmatch(r"n\d{8}", name)) or _train_and_test(folders)
+
+
+def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Rows of training and test images, labels of all rows, and class names, from the list files of CODA-Prompt."""
+    folder = root if root.is_dir() else root.parent
+    row_of = {name: row for row, name in enumerate(names)}
+    labels = torch.full((len(names),), -1)
+    wnids: dict[int, str] = {}
+    both = []
+    for part in ("train", "test"):
+        path = folder / f"imagenet-r_{part}.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"dataset.split=coda needs the list files imagenet-r_train.yaml and imagenet-r_test.yaml of CODA-Prompt, and {path} "
+                "is missing; put them into dataset.root, or choose dataset.split=inflora"
+            )
+        try:  # with the C parser where there is one: 0.4 s for the published lists
+            content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            listed = ["/".join(entry.split("/")[-2:]) for entry in content["data"]]
+            targets = torch.tensor(content["targets"])
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no list file: it needs `data`, a list of paths, and `targets`, a list of labels") from error
+        missing = [name for name in listed if name not in row_of]
+        if missing:
+            raise ValueError(f"{path} lists {len(missing)} images that are not in dataset.root, {missing[0]} for one")
+        rows = torch.tensor([row_of[name] for name in listed])
+        labels[rows] = targets
+        wnids.update({label: name.split("/")[0] for name, label in zip(listed, targets.tolist(), strict=True)})
+        both.append(rows)
+    if sorted(wnids) != list(range(len(wnids))):
+        raise ValueError(f"the targets of the imagenet-r list files in {folder} are not numbered 0..{len(wnids) - 1}")
+    return *both, labels, [wnids[label] for label in range(len(wnids))]
+
+
+def _keep_index(name: str, paths: list[str], train: Tensor, test: Tensor) -> None:
+    """Write which image is in which part of a split beside the decoded images, once; the split itself never depends on this file."""
+    path = cache_folder() / "splits" / f"{name}.csv"
+    part = dict.fromkeys(train.tolist(), "train") | dict.fromkeys(test.tolist(), "test")
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(["split,path\n", *(f"{part[row]},{paths[row]}\n" for row in sorted(part))]))
+    except OSError as error:
+        log.warning("cannot keep the index of the split: %s", error)
+
+
+# --------------------------------------------------------------------------------------------------------------------- own folders
+
+
+def imagefolder(root: Path, *, split: str | None = None) -> Splits:
+    """Anybody's own images.
+
+    Accepted in `root`: `train/<class>/*` and `test/<class>/*` (or `val/`), or `<class>/*`; or a zip or tar of either (see `find_source`).
+
+    Args:
+        root: `dataset.root`.
+        split: None: the train and test folders; where there are class folders only, the same as "stratified:0". "stratified:<seed>":
+            80 percent of every class folder for training, 20 for test.
+
+    Raises:
+        FileNotFoundError: if there are no such folders.
+        ValueError: if `split` does not fit what is there.
+    """
+    if split is not None and re.fullmatch(r"stratified:\d+", split) is None:
+        raise ValueError(f"dataset.split={split} is unknown; choose stratified:<seed>, or null for train/ and test/ folders")
+    if not root.exists():
+        raise FileNotFoundError(f"dataset.root={root} does not exist; set it to a folder with train/<class>/* and test/<class>/*")
+    if (source := find_source(root, "", _train_and_test)) is not None:
+        if split is not None:
+            raise ValueError(f"dataset.split={split} does not fit {source.location}, which has train and test folders; choose null")
+        return _from_train_test(source, "imagefolder")
+    source = find_source(root, "", lambda folders: sorted(folders) if len(folders) > 1 and "train" not in folders else [])
+    if source is None or not source.paths:
+        raise FileNotFoundError(
+            f"dataset.root={root} holds no image folders; it needs train/<class>/* and test/<class>/*, or only <class>/*, or a zip of them"
+        )
+    if split is None:
+        split = "stratified:0"
+        log.info("%s has no train and test folders: using dataset.split=%s", source.location, split)
+    store = decoded(source, "imagefolder")
+    labels, class_names = _labels([path.split("/")[0] for path in source.paths])
+    train, test = _stratified(labels, int(split.removeprefix("stratified:")))
+    return Splits(_subset(store, labels, source.paths, train), _subset(store, labels, source.paths, test), class_names, split)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- shared
 
 
 def _only_split(name: str, split: str | None) -> None:
     if split is not None:
         raise ValueError(f"dataset.split={split} is unknown: {name} has one split only; leave dataset.split=null")
+
+
+def _train_and_test(folders: set[str]) -> list[str]:
+    test = "test" if "test" in folders else "val"
+    return ["train", test] if {"train", test} <= folders else []
+
+
+def _subset(store: ImageStore, labels: Tensor, paths: list[str], rows: Tensor) -> ImageSet:
+    return ImageSet(Rows(store, rows), labels[rows], [paths[row] for row in rows.tolist()])
+
+
+def _labels(folders: list[str]) -> tuple[Tensor, list[str]]:
+    """Labels (N,) of images in these class folders, and the sorted class names."""
+    class_names = sorted(set(folders))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return torch.tensor([label_of[name] for name in folders]), class_names
+
+
+def _stratified(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows (ascending) of 80 percent of every class, and of the rest."""
+    if (few := int((labels.bincount() < 2).sum())) > 0:
+        raise ValueError(f"dataset.split=stratified:{seed} needs two images of every class; {few} classes have only one")
+    from sklearn.model_selection import train_test_split
+
+    num_classes = len(labels.unique())
+    share = 0.2 if 0.2 * len(labels) >= num_classes else num_classes  # scikit-learn wants at least one image per class
+    train, test = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels.numpy(), random_state=seed)
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(test))
+
+
+def _from_train_test(source: Source, name: str) -> Splits:
+    """The splits of a source whose paths are train/<class>/... and test/<class>/... (or val/<class>/...)."""
+    inside = [path.split("/") for path in source.paths]
+    stray = [path for path, parts in zip(source.paths, inside, strict=True) if len(parts) < 3]
+    if stray or {parts[0] == "train" for parts in inside} != {True, False}:
+        what = f"{stray[0]} lies in no class folder" if stray else "train or test has no images"
+        raise ValueError(f"dataset.root: {source.location} needs train/<class>/* and test/<class>/*, but {what}")
+    labels, class_names = _labels([parts[1] for parts in inside])
+    is_train = torch.tensor([parts[0] == "train" for parts in inside])
+    untrained = sorted(set(labels[~is_train].tolist()) - set(labels[is_train].tolist()))
+    if untrained:
+        raise ValueError(
+            f"dataset.root: {source.location} has test images of {len(untrained)} classes without training images, "
+            f"{class_names[untrained[0]]} for one; add them to train/ or remove them from test/"
+        )
+    store = decoded(source, name)
+    names = [path if path.startswith("train/") else f"test/{path.split('/', 1)[1]}" for path in source.paths]
+    train, test = is_train.nonzero().flatten(), (~is_train).nonzero().flatten()
+    return Splits(_subset(store, labels, names, train), _subset(store, labels, names, test), class_names, "folders")
+
+
+def _warn_unless_published(name: str, splits: Splits, **published: int) -> Splits:
+    found = {"num_classes": len(splits.class_names), "num_train": len(splits.train.labels), "num_test": len(splits.test.labels)}
+    if found != published:
+        text = [f"{found[key]} {key.removeprefix('num_')} ({published[key]})" for key in found]
+        log.warning("this is not all of %s; found, and in brackets published: %s", name, ", ".join(text))
+    return splits

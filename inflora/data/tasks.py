@@ -4,14 +4,11 @@ Labels inside a run are *internal*: the position of a class in `class_order`. Ta
 classes seen so far are always 0..k-1.
 """
 
-import hashlib
 import itertools
 import logging
 import random
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -20,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inflora.data.cache import ImageStore
-from inflora.data.datasets import ImageSet, Splits
+from inflora.data.cache import ImageStore, map_ahead
+from inflora.data.datasets import ImageSet, Splits, hash_paths
 from inflora.seeding import generator, stream_seed, uniform
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESIDENT_BYTES = 2 * 2**30
-"""Image sets of one size up to this many bytes live on the device as uint8 (CIFAR-100: 154 MB); larger ones are fetched ahead by threads."""
+"""Images of one size live on the device as uint8 where all of a set's take at most this (CIFAR-100's: 154 MB); else threads fetch ahead."""
 
 CHUNK_BYTES = 64 * 2**20
 """Images of different sizes are padded to a common one; batches are transformed in chunks of similar sizes, each padded to at most this."""
@@ -43,8 +40,9 @@ def parse_class_order(spec: str | Sequence[int], num_classes: int, seed: int) ->
     """The order in which classes are learned, as a list of the data set's class ids.
 
     Args:
-        spec: `dataset.class_order`: "natural"; "numpy:<s>", the permutation of NumPy's legacy generator; "python:<s>", a shuffle by Python's
-            `random` (0 is the natural order, as in CODA-Prompt's first trial); either with "+seed" to add the run's seed; or a list.
+        spec: `dataset.class_order`: "natural"; "numpy:<s>", the permutation of NumPy's legacy generator; "python:<s>", a shuffle by
+            Python's `random` (0 is the natural order, as in CODA-Prompt's first trial); either with "+seed" to add the run's seed;
+            or a list.
         num_classes: classes of the data set.
         seed: the run's seed, used by "+seed" alone.
 
@@ -135,22 +133,28 @@ class Loading:
 
 
 class _Pool:
-    """The images of one set, fetched by row to the device: from a copy that lives there when it fits, else from the store."""
+    """The images of one set, by row: from a copy that lives on the device where it fits, else from the store in host memory."""
 
     def __init__(self, store: ImageStore, device: torch.device) -> None:
-        self.store = store
-        self.device = device
+        self._store, self._device = store, device
         self.is_resident = store.sizes is None and store.nbytes <= RESIDENT_BYTES
 
     @cached_property
     def _resident(self) -> Tensor:
-        return self.store.fetch(torch.arange(len(self.store)))[0].to(self.device)
+        return self._store.fetch(torch.arange(len(self._store)))[0].to(self._device)
+
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `ImageStore.fetch`."""
+        if self.is_resident:
+            return self._resident[rows.to(self._device)], None
+        images, sizes = self._store.fetch(rows)
+        return (images.pin_memory() if self._device.type == "cuda" else images), sizes
 
     def chunks(self, rows: Tensor) -> list[Tensor]:
-        """Positions in `rows` (B,) to load together: everything for images of one size, else groups of similar size."""
-        if self.store.sizes is None:
+        """Positions in `rows` (B,) to load together: all where images have one size, else groups of similar size."""
+        if self._store.sizes is None:
             return [torch.arange(len(rows))]
-        sizes = self.store.sizes[rows]
+        sizes = self._store.sizes[rows]
         groups: list[list[int]] = []
         height = width = 0
         for position in sizes.prod(1).argsort(stable=True).tolist():
@@ -162,14 +166,9 @@ class _Pool:
             groups[-1].append(position)
         return [torch.tensor(group) for group in groups]
 
-    def read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images `rows` from the store into (pinned) host memory; runs in a worker thread."""
-        images, sizes = self.store.fetch(rows)
-        return (images.pin_memory() if self.device.type == "cuda" else images), sizes
 
-    def take(self, rows: Tensor) -> tuple[Tensor, None]:
-        """Images `rows` of a resident set."""
-        return self._resident[rows.to(self.device)], None
+_Loaded = tuple[Tensor, int, list[tuple[Tensor, Tensor, Tensor | None]]]
+"""One process's part of a batch: positions in the pass, how many of them count, and chunks of (positions, images, sizes)."""
 
 
 class Batches:
@@ -210,50 +209,31 @@ class Batches:
         """Images of batch `step`, over all processes."""
         return min(self._batch_size, self.num_images - step * self._batch_size)
 
-    def _positions(self, step: int) -> Tensor:
-        """This process's part of batch `step`, as positions in the pass."""
-        start = step * self._batch_size
-        return torch.arange(start, start + self.global_size(step))[self._loading.rank :: self._loading.world_size]
-
-    def _plan(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        for step in range(len(self)):
-            positions = self._positions(step)
-            if len(positions) == 0:  # keep one image, dropped again after the transform, to learn the shape of x
-                positions = torch.tensor([step * self._batch_size])
-            yield positions, [positions[chunk] for chunk in self._pool.chunks(self._rows[positions])]
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self._labels.to(self._loading.device)
-        for step, (positions, chunks) in enumerate(self._loaded()):
-            parts = [self._augmented(where, images, sizes) for where, images, sizes in chunks]
-            x = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if len(parts) > 1:
-                x = x[torch.cat([where for where, _, _ in chunks]).argsort().to(x.device)]  # back to the order of the pass
-            size = len(self._positions(step))
+        for positions, size, chunks in self._loaded():
+            x = torch.cat([self._transformed(where, images, sizes) for where, images, sizes in chunks])
+            if len(chunks) > 1:  # back to the order of the pass
+                x = x[torch.cat([where for where, _, _ in chunks]).argsort().to(x.device)]
             yield x[:size], labels[positions[:size].to(labels.device)]
 
-    def _loaded(self) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor, Tensor | None]]]]:
-        """For every batch its positions, and its chunks as (positions, images, sizes); read ahead where that takes time."""
-        if self._pool.is_resident or self._loading.num_workers == 0:
-            read = self._pool.take if self._pool.is_resident else self._pool.read
-            for positions, chunks in self._plan():
-                yield positions, [(where, *read(self._rows[where])) for where in chunks]
-            return
-        executor = ThreadPoolExecutor(self._loading.num_workers, thread_name_prefix="images")
-        try:
-            waiting: deque[tuple[Tensor, list[tuple[Tensor, Future]]]] = deque()
-            plan = self._plan()
-            while True:
-                for positions, chunks in itertools.islice(plan, self._loading.num_workers + 1 - len(waiting)):
-                    waiting.append((positions, [(where, executor.submit(self._pool.read, self._rows[where])) for where in chunks]))
-                if not waiting:
-                    return
-                positions, futures = waiting.popleft()
-                yield positions, [(where, *future.result()) for where, future in futures]
-        finally:  # also when the caller leaves the loop early
-            executor.shutdown(cancel_futures=True)
+    def _loaded(self) -> Iterator[_Loaded]:
+        num_workers = self._loading.num_workers
+        if self._pool.is_resident or num_workers == 0:
+            return map(self._load, range(len(self)))
+        return map_ahead(self._load, range(len(self)), num_workers, ahead=num_workers + 1)
 
-    def _augmented(self, positions: Tensor, images: Tensor, sizes: Tensor | None) -> Tensor:
+    def _load(self, step: int) -> _Loaded:
+        """This process's images of batch `step`."""
+        start = step * self._batch_size
+        positions = torch.arange(start, start + self.global_size(step))[self._loading.rank :: self._loading.world_size]
+        size = len(positions)
+        if size == 0:  # one image, dropped again after the transform, tells the shape of x
+            positions = torch.tensor([start])
+        chunks = [positions[chunk] for chunk in self._pool.chunks(self._rows[positions])]
+        return positions, size, [(chunk, *self._pool.fetch(self._rows[chunk])) for chunk in chunks]
+
+    def _transformed(self, positions: Tensor, images: Tensor, sizes: Tensor | None) -> Tensor:
         device = self._loading.device
         images = images.to(device, non_blocking=True)
         sizes = None if sizes is None else sizes.to(device)
@@ -327,9 +307,13 @@ class Task:
             augment_key=stream_seed(seed, f"{stream}:augment", self.index, epoch),
         )
 
-    def test_batches(self) -> Batches:
-        """A pass over the task's test images, in order."""
-        return Batches(*self._test, self._transforms[1], batch_size=self._loading.eval_batch_size, loading=self._loading)
+    def test_batches(self, limit: int | None = None) -> Batches:
+        """A pass over the task's test images, in order; with `limit`, over that many, evenly spaced."""
+        pool, rows, labels = self._test
+        if limit is not None and limit < len(rows):
+            chosen = torch.linspace(0, len(rows) - 1, limit).round().long()
+            rows, labels = rows[chosen], labels[chosen]
+        return Batches(pool, rows, labels, self._transforms[1], batch_size=self._loading.eval_batch_size, loading=self._loading)
 
 
 class TaskSequence:
@@ -398,7 +382,8 @@ class TaskSequence:
         self._stages = self.tasks if stream == "tasks" else [make_task(0, 1, 0, self.num_classes)]
         self._stream = stream
         self.test_counts = [task.num_test for task in self.tasks]
-        self.test_hash = hash_paths(test_set.paths[row] for row in torch.cat(test_rows).tolist())
+        self.split_id = splits.split_id
+        self.test_hash = hash_paths([test_set.paths[row] for row in torch.cat(test_rows).tolist()])
         _check_images(splits.class_names, train_rows, test_rows, self.tasks)
 
     def __len__(self) -> int:
@@ -413,11 +398,6 @@ class TaskSequence:
     def seen(self, task: Task) -> list[Task]:
         """The tasks to test after the training stage `task`."""
         return self.tasks if self._stream == "joint" else self.tasks[: task.index + 1]
-
-
-def hash_paths(paths: Iterable[str]) -> str:
-    """SHA-256 of the sorted paths, one a line, each ended by a newline: identifies a test set."""
-    return hashlib.sha256("".join(f"{path}\n" for path in sorted(paths)).encode()).hexdigest()
 
 
 def _rows_by_class(images: ImageSet, num_classes: int) -> list[Tensor]:

@@ -1,0 +1,70 @@
+"""One download that gives up: whatever hangs (name look-up, connection, proxy, transfer), it ends after 15 seconds without a byte."""
+
+import hashlib
+import itertools
+import queue
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+STALL_S = 15.0
+"""Seconds without a byte before a download gives up."""
+
+
+def download(url: str, path: Path, md5: str) -> None:
+    """Fetch `url` to `path`, which appears only when complete and of the right checksum.
+
+    Raises:
+        ConnectionError: with the reason, if nothing arrives for `STALL_S`, or the server or the checksum says no.
+    """
+    arriving = _arriving(url)
+    first = next(arriving)  # before anything is created on disk
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.part")
+    checksum = hashlib.md5(usedforsecurity=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        with open(partial, "wb") as file, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task(f"downloading {path.name}", total=None)
+            for total, block in itertools.chain([first], arriving):
+                checksum.update(block)
+                file.write(block)
+                progress.update(bar, total=total or None, advance=len(block))
+        if checksum.hexdigest() != md5:
+            raise ConnectionError("the file that arrived is damaged (wrong checksum)")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _arriving(url: str) -> Iterator[tuple[int, bytes]]:
+    """Pairs (bytes of the whole file or 0, next block), the last block empty."""
+    blocks: queue.Queue[tuple[int, bytes] | Exception] = queue.Queue(maxsize=64)
+    # A thread that may be abandoned: no socket timeout covers a hanging name look-up.
+    threading.Thread(target=_fetch, args=(url, blocks), daemon=True).start()
+    while True:
+        try:
+            item = blocks.get(timeout=STALL_S)
+        except queue.Empty:
+            raise ConnectionError(f"nothing arrived for {STALL_S:.0f} seconds") from None
+        if isinstance(item, Exception):
+            raise ConnectionError(str(getattr(item, "reason", item))) from item
+        yield item
+        if not item[1]:
+            return
+
+
+def _fetch(url: str, blocks: "queue.Queue[tuple[int, bytes] | Exception]") -> None:
+    """Put everything that arrives, or the exception, into `blocks`."""
+    try:
+        with urllib.request.urlopen(url, timeout=STALL_S) as response:
+            total = int(response.headers["Content-Length"] or 0)
+            while block := response.read1(2**18):  # whatever is there: a slow transfer is no stall
+                blocks.put((total, block))
+            blocks.put((total, b""))
+    except Exception as error:  # whatever it is, the waiting thread has to know
+        blocks.put(error)

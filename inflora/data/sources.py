@@ -1,0 +1,162 @@
+"""Where image files lie: a folder, a zip or a tar, all seen as a list of relative paths that can be read."""
+
+import hashlib
+import os
+import re
+import tarfile
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+ARCHIVE_SUFFIXES = (".zip", ".tar")
+
+Accept = Callable[[set[str]], list[str]]
+"""Given the folder names at one level, those that hold the data set; empty: not this level."""
+
+
+class Source(ABC):
+    """The image files below one folder, or below one folder of an archive. Nothing is ever written there.
+
+    Attributes:
+        location: the folder or archive.
+        paths: the images' paths with forward slashes, sorted by folder, then by file name as strings (torchvision's ImageFolder order).
+        fingerprint: changes when a file is added, removed, resized or touched.
+        identity: names the place, whatever is in it.
+    """
+
+    def __init__(self, location: Path, base: str, folders: list[str], stamps: dict[str, tuple[int, int]]) -> None:
+        """Args:
+        base: the folder inside an archive that `paths` are relative to; "" for none.
+        folders: the folders below the base that were listed.
+        stamps: per image path, its size and time of change.
+        """
+        self.location = location
+        self.paths = sorted(stamps, key=lambda path: path.rpartition("/"))
+        self.identity = _digest([str(location.resolve()), base, *sorted(folders)])
+        self.fingerprint = _digest([self.identity, *(f"{path} {stamps[path]}" for path in self.paths)])
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """The bytes of one image file; safe to call from several threads."""
+
+
+class FolderSource(Source):
+    """Images in `folders` below a folder, at any depth."""
+
+    def __init__(self, location: Path, folders: list[str]) -> None:
+        stamps = {}
+        for folder in folders:
+            for parent, subfolders, files in os.walk(location / folder, followlinks=True):
+                subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+                prefix = Path(parent).relative_to(location).as_posix()
+                for name in filter(_is_image, files):
+                    stat = os.stat(os.path.join(parent, name))
+                    stamps[f"{prefix}/{name}"] = (stat.st_size, stat.st_mtime_ns)
+        super().__init__(location, "", folders, stamps)
+
+    def read(self, path: str) -> bytes:
+        return (self.location / path).read_bytes()
+
+
+class ArchiveSource(Source):
+    """Images in `folders` below the folder `base` ("" or ending in a slash) of a zip or tar."""
+
+    def __init__(self, location: Path, archive: "_Archive", base: str, folders: list[str]) -> None:
+        self._archive, self._base = archive, base
+        stat = location.stat()
+        inside = [name.removeprefix(base) for name in archive.names if name.startswith(base)]
+        paths = [path for path in inside if path.split("/", 1)[0] in folders]
+        super().__init__(location, base, folders, dict.fromkeys(paths, (stat.st_size, stat.st_mtime_ns)))
+
+    def read(self, path: str) -> bytes:
+        return self._archive.read(self._base + path)
+
+
+class _Archive(NamedTuple):
+    names: list[str]  # of the images
+    read: Callable[[str], bytes]  # from any thread
+
+
+def _open_zip(location: Path) -> _Archive:
+    archive = zipfile.ZipFile(location)
+    return _Archive([name for name in archive.namelist() if _is_image(name)], archive.read)
+
+
+def _open_tar(location: Path) -> _Archive:
+    with tarfile.open(location, "r:") as archive:
+        members = [(member.name.removeprefix("./"), member) for member in archive if member.isfile()]
+    places = {name: (member.offset_data, member.size) for name, member in members if _is_image(name)}
+
+    def read(name: str) -> bytes:
+        offset, size = places[name]
+        with open(location, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    return _Archive(list(places), read)
+
+
+def find_source(root: Path, name: str, accept: Accept) -> Source | None:
+    """The first place in `root` where `accept` finds the data set.
+
+    Looked at, in this order: `root` itself; its folders called like `name` (case, "-" and "_" aside); its archives (.zip, .tar) called
+    so, or its only archive. In an archive one leading folder is skipped. With `name=""` an only folder is looked into as well.
+    """
+    for location in _candidates(root, name):
+        source = _open_folder(location, accept) if location.is_dir() else _open_archive(location, accept)
+        if source is not None:
+            return source
+    return None
+
+
+def _candidates(root: Path, name: str) -> list[Path]:
+    if not root.is_dir():
+        return [root] if root.is_file() else []
+    children = sorted(child for child in root.iterdir() if not _is_hidden(child.name))
+    folders = [child for child in children if child.is_dir()]
+    archives = [child for child in children if child.suffix.lower() in ARCHIVE_SUFFIXES and child.is_file()]
+
+    def called(paths: list[Path]) -> list[Path]:
+        return [path for path in paths if name and name in re.sub(r"[-_ ]", "", path.name.lower())]
+
+    only_folder = folders if name == "" and len(folders) == 1 else []
+    only_archive = archives if len(archives) == 1 else []
+    return [root, *(called(folders) or only_folder), *(called(archives) or only_archive)]
+
+
+def _open_folder(location: Path, accept: Accept) -> Source | None:
+    folders = accept({child.name for child in location.iterdir() if child.is_dir() and not _is_hidden(child.name)})
+    return FolderSource(location, folders) if folders else None
+
+
+def _open_archive(location: Path, accept: Accept) -> Source | None:
+    try:
+        archive = (_open_zip if location.suffix.lower() == ".zip" else _open_tar)(location)
+    except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
+        raise ValueError(
+            f"{location} is not a readable zip or uncompressed tar file ({error}); replace it, or set dataset.root to an unpacked folder"
+        ) from error
+    inside = [name.split("/") for name in archive.names]
+    bases = {"": {parts[0] for parts in inside if len(parts) > 1}}
+    for parts in inside:
+        if len(parts) > 2:
+            bases.setdefault(f"{parts[0]}/", set()).add(parts[1])
+    for base, names in bases.items():
+        if folders := accept(names):
+            return ArchiveSource(location, archive, base, folders)
+    return None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_SUFFIXES) and not any(map(_is_hidden, path.split("/")))
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
