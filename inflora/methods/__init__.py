@@ -1,0 +1,1 @@
+"""Continual-learning methods: `inflora/methods/<name>.py` holds the one class that `conf/method/<name>.yaml` points at."""

@@ -1,0 +1,230 @@
+"""Builds the pretrained vision transformer from an exact timm `architecture.tag`. The only file that imports timm.
+
+`vit_micro`, the small backbone shipped with the package, is registered with timm here and is built like any other.
+"""
+
+import contextlib
+import hashlib
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import nn
+
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "vit_micro.safetensors"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_micro.tiny_imagenet": {
+            "file": str(SHIPPED_WEIGHTS),
+            "input_size": (3, 32, 32),
+            "fixed_input_size": True,
+            "num_classes": 0,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def vit_micro(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A ViT for 32 x 32 images: patch 4, width 192, depth 6, 3 heads, 2.7 M parameters."""
+    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3} | kwargs
+    return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone with what the rest of the project needs to know about it.
+
+    Attributes:
+        model: the timm model without classification head; `model(x)` is the class token after the final norm.
+        tag: timm's `architecture.tag`.
+        image_size: height and width of its input in pixels.
+        mean, std: of the inputs the weights were pretrained with, per channel, for images in [0, 1].
+        weights: where the weights came from: `source`, `file`, `sha256` of that file, and `tensors_sha256` of the loaded tensors.
+    """
+
+    model: nn.Module
+    tag: str
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights: dict[str, str | None]
+
+
+def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image_size: int | None = None) -> Backbone:
+    """Build the vision transformer `name` and load its weights.
+
+    Args:
+        name: timm's exact `architecture.tag`; a bare architecture means different weights in different timm versions and is refused.
+        pretrained: load the weights of the tag; False leaves a random initialisation, unless `checkpoint` is given.
+        checkpoint: a local `.pth`, `.npz` or `.safetensors` file that replaces the download.
+        image_size: input height and width in pixels; None takes the one the weights were trained with.
+
+    Raises:
+        ValueError: for an unknown or bare name, a model that is not a plain vision transformer, or weights that do not fit it.
+        FileNotFoundError: if the checkpoint does not exist, or the weights cannot be downloaded.
+    """
+    _check_name(name)
+    size = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0, **size)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"backbone.name={name} cannot be built for images of {image_size} pixels: {error}") from error
+    if not isinstance(model, VisionTransformer) or model.cls_token is None:
+        raise ValueError(f"backbone.name={name} is not a vision transformer with a class token, which every method here needs")
+    config = model.pretrained_cfg
+    if checkpoint is not None:
+        file = Path(checkpoint).expanduser()
+        load_checkpoint(model, file)
+        source = "checkpoint"
+    elif pretrained:
+        file = _pretrained_file(name, config)
+        load_checkpoint(model, file)
+        source = "package" if file == SHIPPED_WEIGHTS else "timm"
+    else:
+        file, source = None, "random"
+    return Backbone(
+        model=model,
+        tag=name,
+        image_size=int(model.patch_embed.img_size[0]),  # type: ignore[index]
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        weights={
+            "source": source,
+            "file": file.name if file else None,
+            "sha256": file_sha256(file) if file else None,
+            "tensors_sha256": tensors_sha256(model.state_dict()),
+        },
+    )
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = timm.list_models(f"*{architecture}*", pretrained=True)[:5] or ["vit_base_patch16_224.augreg_in21k"]
+        raise ValueError(f"backbone.name={name} is not a timm model; did you mean one of {', '.join(near)}?")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if not tag:
+        raise ValueError(f"backbone.name={name} does not say which weights; choose one of {', '.join(tags)}")
+    if name not in tags:
+        raise ValueError(f"backbone.name={name} is not a known tag of {architecture}; choose one of {', '.join(tags)}")
+
+
+def _pretrained_file(name: str, config: Mapping[str, Any]) -> Path:
+    """The local file with the weights of a tag, downloaded and cached on the first use."""
+    if config.get("file"):
+        return Path(config["file"])
+    if not config.get("hf_hub_id"):
+        raise FileNotFoundError(f"timm has no downloadable weights for backbone.name={name}; set backbone.checkpoint=FILE")
+    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    repository, file_name = config["hf_hub_id"].rstrip("/"), "model.safetensors"
+    cached = try_to_load_from_cache(repository, file_name)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        # The hub client retries a missing network for half a minute, with a line each; one short request finds out quietly.
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(urllib.request.Request(hf_hub_url(repository, file_name), method="HEAD"), timeout=10).close()
+        return Path(hf_hub_download(repository, file_name))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the weights of {name} are not on this machine and cannot be downloaded ({error}).\n"
+            f"Fetch {file_name} of {repository} on the Hugging Face hub, put it anywhere on this machine, and name it:\n"
+            f"backbone.checkpoint=PATH/{file_name}"
+        ) from error
+
+
+def load_checkpoint(model: nn.Module, file: Path) -> None:
+    """Load a local weight file into a head-free vision transformer; never executes code from the file.
+
+    Accepts timm and original ViT/DINO/iBOT layouts. A classification or projection head in the file is left out.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it cannot be read, or its keys or shapes do not match the model (they are named).
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"backbone.checkpoint={file} does not exist; give a .pth, .npz or .safetensors file")
+    if file.suffix == ".npz":
+        try:
+            model.load_pretrained(str(file))  # type: ignore[operator]
+        except (KeyError, ValueError, OSError, AssertionError, RuntimeError) as error:
+            raise ValueError(f"backbone.checkpoint={file} is not a ViT checkpoint in the original .npz layout: {error}") from error
+        return
+    state = _strip(_read(file))
+    state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]  # older key layouts, position embeddings of another image size
+    state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist.", "fc_norm.", "pre_logits."))}
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    wrong = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    if missing or unexpected or wrong:
+        parts = [
+            f"{label}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}"
+            for label, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            if keys
+        ]
+        raise ValueError(f"backbone.checkpoint={file} does not fit the model; {'; '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"backbone.checkpoint={file} cannot be read as {file.suffix or 'a weight file'}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ValueError(
+            f"backbone.checkpoint={file} holds more than tensors, and loading it could execute code; save its state dict"
+        ) from error
+
+
+def _strip(state: dict[str, Any]) -> dict[str, Any]:
+    """Undo the wrappings public checkpoints come in: {"state_dict": ...}, {"teacher": ...}, "module.backbone.blocks..."."""
+    for key in ("state_dict", "model", "teacher", "student"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    for prefix in ("module.", "backbone."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and not key.startswith(("head", "masked_embed"))}
+
+
+def file_sha256(file: Path) -> str:
+    """Hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def tensors_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """One hash over names, shapes and values: two models with the same hash compute the same."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

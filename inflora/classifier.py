@@ -1,0 +1,53 @@
+"""Heads that grow by task."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class TaskHeads(nn.Module):
+    """One linear head with bias per task, in the order the tasks came; together they score every class seen.
+
+    Each head has PyTorch's default linear initialisation, as in the published InfLoRA runs. Sizes may differ.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.heads = nn.ModuleList()
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Classes of each head, oldest first."""
+        return [head.out_features for head in self.heads]  # type: ignore[misc]
+
+    @property
+    def num_classes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def current(self) -> nn.Linear:
+        """The newest head."""
+        return self.heads[-1]  # type: ignore[return-value]
+
+    def grow(self, num_classes: int, device: torch.device) -> nn.Linear:
+        """Add the head of the next task."""
+        head = nn.Linear(self.embed_dim, num_classes, device=device)
+        self.heads.append(head)
+        return head
+
+    def set_sizes(self, sizes: Sequence[int], device: torch.device) -> None:
+        """Make the heads have exactly these sizes, keeping the leading ones that fit: the weights are about to be loaded."""
+        if self.sizes[: len(sizes)] != list(sizes[: len(self)]):
+            self.heads = nn.ModuleList()
+        self.heads = self.heads[: len(sizes)]
+        for size in sizes[len(self) :]:
+            self.grow(size, device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores of all seen classes: (B, embed_dim) -> (B, num_classes)."""
+        return torch.cat([head(features) for head in self.heads], dim=1)

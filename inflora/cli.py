@@ -1,0 +1,191 @@
+"""The command line around `run`: Hydra composes the configuration, faults become one sentence, help is written in words."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from inflora import config, plugins
+
+EXIT_FAULT, EXIT_STOPPED = 1, 130
+
+GROUPS = {
+    "dataset": "what to learn",
+    "method": "how to learn it",
+    "backbone": "the pretrained transformer",
+    "optimizer": "steps",
+    "scheduler": "learning rate over the epochs of a task",
+    "trainer": "epochs, batch size, device, precision",
+    "tracker": "where numbers go, besides the run folder",
+    "experiment": "prepared studies",
+    "debug": "quick modes",
+}
+
+HELP = """\
+usage: python train.py [--multirun] [group=choice ...] [key=value ...]
+
+Trains one method on one task sequence. Without arguments: InfLoRA on the embedded digits, about a minute, no network.
+
+  python train.py dataset=cifar100_10task method=inflora       the published experiment
+  python train.py -m seed=0,1,2 method=inflora,sequential      six runs; the same command again finishes what is missing
+  python train.py output_dir=FOLDER ...                        continues the run in FOLDER, or prints its table if it is finished
+"""
+
+FOOT = """\
+options
+  --cfg job       print the composed configuration, with every key, and exit
+  --traceback     show the whole traceback of an error
+  -m, --multirun  run every combination of comma-separated values
+
+afterwards
+  python -m inflora.report RUN_OR_MULTIRUN_DIR... --out DIR    tables and figures over seeds
+  python -m inflora.evaluate RUN_DIR                           test a finished run again
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; leaves through `SystemExit` with 0, 1 (a fault, said in one sentence) or 130 (stopped, can be continued)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--help" in arguments or "-h" in arguments:
+        print_help()
+        sys.exit(0)
+    show_traceback = "--traceback" in arguments
+    sys.argv[1:] = [argument for argument in arguments if argument != "--traceback"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us, instead of Hydra's own printing
+    config.register()
+    plugins.register()
+    job = Job(show_traceback)
+    app = hydra.main(version_base="1.3", config_path=str(plugins.own_conf()), config_name="config")(job)
+    try:
+        app()
+    except (HydraException, OmegaConfBaseException) as error:
+        if show_traceback:
+            raise
+        _say_fault(_composition_fault(error, sys.argv[1:]))
+        sys.exit(EXIT_FAULT)
+    except OSError as error:  # the output folder cannot be made
+        if show_traceback:
+            raise
+        _say_fault(f"output_dir cannot be written: {error}")
+        sys.exit(EXIT_FAULT)
+    sys.exit(job.exit_code)
+
+
+class Job:
+    """One Hydra job. In a multirun a job that fails says why, and the next one starts."""
+
+    def __init__(self, show_traceback: bool) -> None:
+        self.show_traceback = show_traceback
+        self.exit_code = 0
+
+    def __call__(self, cfg: DictConfig) -> None:
+        from inflora.run import USER_ERRORS, Origin, run  # torch takes seconds to import: a misspelt key should not wait for it
+        from inflora.trainer import Interrupted
+
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:
+            if any(override.startswith("output_dir=") for override in hydra_config.overrides.task):
+                _say_fault("a multirun makes one folder for each job; set hydra.sweep.dir=FOLDER instead of output_dir")
+                sys.exit(EXIT_FAULT)
+            cfg.output_dir = hydra_config.runtime.output_dir
+        try:
+            names = {group: hydra_config.runtime.choices[group] for group in ("method", "dataset", "backbone")}
+            run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config)))
+        except Interrupted:
+            overrides = [override for override in hydra_config.overrides.task if not override.startswith("output_dir=")]
+            command = " ".join(["python train.py", f"output_dir={cfg.output_dir}", *overrides])
+            if hydra_config.mode == RunMode.MULTIRUN:
+                command = "the same command"
+            Console(stderr=True).print(f"Stopped; everything so far is saved. To continue:\n  {command}", highlight=False, soft_wrap=True)
+            sys.exit(EXIT_STOPPED)
+        except USER_ERRORS as error:
+            if self.show_traceback:
+                raise
+            _say_fault(str(error))
+            self.exit_code = EXIT_FAULT
+
+
+def applied_files(hydra_config: Any) -> Iterator[str]:
+    """The recipe and tuning files that the choices brought in, as `recipe/cifar100_10task_inflora`."""
+    for group in ("recipe", "tuning"):
+        choice = hydra_config.runtime.choices.get(group)
+        if choice in plugins.choices(group):
+            yield f"{group}/{choice}"
+
+
+def hydra_files(cfg: DictConfig, hydra_config: Any) -> dict[str, str]:
+    """What Hydra would write in `.hydra/`: the project writes it, so that a finished run can be looked at without being touched."""
+    return {
+        "config.yaml": OmegaConf.to_yaml(cfg),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config)})),
+        "overrides.yaml": OmegaConf.to_yaml(hydra_config.overrides.task),
+    }
+
+
+def print_help() -> None:
+    """Every group with its choices and their descriptions, in words."""
+    print(HELP)
+    for group, meaning in GROUPS.items():
+        print(f"{group}: {meaning}")
+        found = plugins.choices(group)
+        width = max((len(name) for name in found), default=0)
+        for name, description in found.items():
+            print(f"  {group}={name:<{width}}  {description}")
+        print()
+    print(FOOT, end="")
+
+
+def _say_fault(text: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _composition_fault(error: Exception, arguments: Sequence[str]) -> str:
+    """One sentence for what Hydra or OmegaConf could not do with the command line."""
+    text = str(error)
+    if match := re.search(r"Could not find '([\w]+)/([^']+)'", text):
+        group, choice = match.groups()
+        return f"{group}={choice} is not known; choose one of {', '.join(plugins.choices(group))}"
+    if match := re.search(r"Could not override '([\w.]+)'", text):
+        key = match[1]
+        near = difflib.get_close_matches(key, _known_keys(arguments, key), n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` lists all keys"
+        return f"{key} is not a key of this configuration; {hint}"
+    if match := re.search(r"Error merging override (\S+)", text):
+        reason = str(error.__cause__ or "").splitlines()
+        return f"{match[1]} does not fit: {reason[0] if reason else 'the value has the wrong type'}"
+    return " ".join(text.split("See https://hydra.cc")[0].split())
+
+
+def _known_keys(arguments: Sequence[str], wrong: str) -> list[str]:
+    """All keys of the configuration that these arguments, without the wrong one, compose to."""
+    from hydra import compose, initialize_config_dir
+
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith(("-", wrong, f"+{wrong}"))]
+    try:
+        with initialize_config_dir(str(plugins.own_conf()), version_base="1.3"):
+            cfg = compose("config", overrides=[override for override in overrides if "," not in override])
+    except (HydraException, OmegaConfBaseException):
+        return list(GROUPS)
+    return list(_leaves(OmegaConf.to_container(cfg), "")) + list(GROUPS)
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix

@@ -1,0 +1,162 @@
+"""What a run records: the accuracy matrices, the timings, and `summary.json`."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inflora import __version__
+from inflora.backbone import Backbone
+from inflora.data.tasks import TaskSequence
+from inflora.metrics import summarize
+
+WALL_PARTS = ("subspace", "train", "evaluate")
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "lightning-fabric", "hydra-core", "safetensors", "scikit-learn", "pillow")
+
+
+class Records:
+    """The numbers a run collects, task after task.
+
+    Attributes:
+        matrices: (3, T, T), in [0, 1], nan where nothing was measured: class-incremental accuracy, accuracy when the task is given, share
+            of images assigned to the right task; row i after training task i, column j for the test images of task j.
+        trainable_parameters: numbers trained in each stage.
+        wall_seconds: time spent per part, summed over resumed parts of the run.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self.matrices = np.full((3, num_tasks, num_tasks), np.nan)
+        self.trainable_parameters: list[int] = []
+        self.wall_seconds = dict.fromkeys(WALL_PARTS, 0.0)
+        self._total_before, self._began = 0.0, time.monotonic()
+
+    @property
+    def total_seconds(self) -> float:
+        return self._total_before + time.monotonic() - self._began
+
+    def add(self, row: int, rates: np.ndarray) -> None:
+        """The test results after training task `row`: (3, number of tasks), nan for tasks not tested."""
+        self.matrices[:, row, : row + 1] = rates[:, : row + 1]
+
+    def latest(self, test_counts: Sequence[int]) -> dict[str, Any]:
+        """The newest row: accuracies over all seen classes, and the accuracy on each task, in percent."""
+        row = int(np.flatnonzero(~np.isnan(self.matrices[0]).all(axis=1))[-1])
+        weights = np.asarray(test_counts[: row + 1]) / sum(test_counts[: row + 1])
+        means = 100 * self.matrices[:, row, : row + 1] @ weights
+        names = ("accuracy", "task_aware_accuracy", "task_id_accuracy")
+        return {**dict(zip(names, means.tolist(), strict=True)), "accuracy_per_task": (100 * self.matrices[0, row, : row + 1]).tolist()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "matrices": torch.from_numpy(self.matrices.copy()),
+            "trainable_parameters": list(self.trainable_parameters),
+            "wall_seconds": dict(self.wall_seconds),
+            "total_seconds": self.total_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over saved records; the saved run may have had fewer tasks."""
+        saved = state["matrices"].numpy()
+        self.matrices[:, : saved.shape[1], : saved.shape[2]] = saved
+        self.trainable_parameters = list(state["trainable_parameters"])
+        self.wall_seconds = dict(state["wall_seconds"])
+        self._total_before, self._began = state["total_seconds"], time.monotonic()
+
+    def timings(self) -> dict[str, float]:
+        """`wall_seconds` as written: the parts, everything else, and the total."""
+        total = self.total_seconds
+        return {**self.wall_seconds, "other": max(0.0, total - sum(self.wall_seconds.values())), "total": total}
+
+
+def summary(
+    config: dict[str, Any], choices: dict[str, str], backbone: Backbone, sequence: TaskSequence, method: nn.Module, records: Records
+) -> dict[str, Any]:
+    """The content of `summary.json`, percent where it is an accuracy."""
+    state = method.state_dict()
+    num_backbone = sum(value.numel() for value in backbone.model.state_dict().values())
+    return {
+        **choices,
+        "backbone_tag": backbone.tag,
+        "seed": config["seed"],
+        "num_tasks": sequence.num_tasks,
+        "task_sizes": list(sequence.task_sizes),
+        "class_order": list(sequence.class_order),
+        **summarize(records.matrices[0], records.matrices[1], records.matrices[2], sequence.test_counts),
+        "trainable_parameters": max(records.trainable_parameters, default=0),
+        "trainable_parameters_per_task": records.trainable_parameters,
+        "stored_parameters": count_numbers(state) - num_backbone,
+        "total_parameters": sum(parameter.numel() for parameter in method.parameters()),
+        "wall_seconds": records.timings(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "test_counts": list(sequence.test_counts),
+        "test_hash": sequence.test_hash,
+        "split": sequence.split_id,
+        "transform": config["dataset"]["transform"],
+        "normalize": config["dataset"]["normalize"],
+        "weights": backbone.weights,
+        "weights_sha256": backbone.weights["sha256"] or backbone.weights["tensors_sha256"],
+        "device": device_name(),
+        "versions": package_versions(),
+        **git_revision(),
+    }
+
+
+def count_numbers(state: Any) -> int:
+    """Numbers in all tensors of a nest of dicts and lists."""
+    if isinstance(state, Tensor):
+        return state.numel()
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(count_numbers(value) for value in inner)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def package_versions() -> dict[str, str]:
+    return {"inflora": __version__, "python": platform.python_version(), **dict(_installed())}
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def git_revision() -> dict[str, Any]:
+    """Commit and dirty flag of the clone this code runs from; null for an installed package."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return {"git_commit": None, "git_dirty": None}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
+    return {"git_commit": commit, "git_dirty": bool(changes.strip())}
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -1,0 +1,346 @@
+"""`run(cfg)`: everything one run does, from a composed configuration to a finished run folder."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.utils import get_method, instantiate
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+
+from inflora import config as configuration
+from inflora import report
+from inflora.backbone import Backbone, build_backbone
+from inflora.checkpoint import CheckpointError, config_differences, lock_run, write_atomically
+from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
+from inflora.data.transforms import build_transforms
+from inflora.method import Method
+from inflora.progress import ConsoleHandler
+from inflora.results import Records, read_summary, summary
+from inflora.seeding import seed_everything
+from inflora.trackers import JsonlTracker, Trackers
+from inflora.trainer import Interrupted, Trainer, TrainingError
+
+log = logging.getLogger("inflora")
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, CheckpointError, TrainingError)
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+RESULT_FREE = {
+    "output_dir",
+    "resume",
+    "tracker",
+    "dataset.root",
+    "trainer.device",
+    "trainer.num_devices",
+    "trainer.num_workers",
+    "trainer.eval_batch_size",
+    "trainer.progress",
+}
+"""Keys that change no result: a run may continue with other values. What dataset.root holds is checked by the tasks themselves."""
+
+LENGTH = {"dataset.num_tasks", "dataset.task_sizes", "dataset.class_order"}
+"""Keys that may differ if the tasks of the old run are the first of the new one."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    fabric: Fabric
+    sequence: TaskSequence
+    backbone: Backbone
+    method: Method
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a configuration came from, for the records.
+
+    Attributes:
+        names: the choices made: `dataset`, `method`, `backbone`.
+        applied_files: the recipe and tuning files that went into it, as `recipe/cifar100_10task_inflora`.
+        hydra_files: file name -> content for `.hydra/`.
+    """
+
+    names: dict[str, str]
+    applied_files: list[str] = field(default_factory=list)
+    hydra_files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "Origin":
+        """For a configuration composed elsewhere: names from what it points at."""
+        targets = {key: plain[key]["_target_"] for key in ("dataset", "method")}
+        return cls(
+            {
+                "dataset": targets["dataset"].rpartition(".")[2],
+                "method": targets["method"].split(".")[-2],
+                "backbone": plain["backbone"]["name"],
+            }
+        )
+
+
+def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
+    """Do, continue, or just look up one run.
+
+    Args:
+        cfg: the composed configuration; see conf/config.yaml.
+        origin: where it came from; None if it was composed outside the command line.
+
+    Returns:
+        The run's summary, as written to `summary.json`.
+
+    Raises:
+        One of `USER_ERRORS`: with one sentence for the user.
+        Interrupted: after SIGINT or SIGTERM; everything needed to continue is saved.
+    """
+    configuration.check(cfg)
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    origin = origin or Origin.of(plain)
+    folder = Path(plain["output_dir"])
+    finished = _look_up(folder, plain)
+    if finished is not None:
+        print(f"This run is finished: {folder}")
+        report.print_table(finished)
+        return finished
+    fabric = _make_fabric(plain["trainer"])
+    if int(os.environ.get("RANK", 0)) > 0:  # started by torchrun beside the process that owns the folder
+        return _launch(fabric, plain, origin)
+    try:
+        with lock_run(folder):
+            return _launch(fabric, plain, origin)
+    except OSError as error:
+        if isinstance(error, USER_ERRORS):
+            raise
+        raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
+
+
+def _make_fabric(trainer: dict[str, Any]) -> Fabric:
+    """Devices, processes and precision of the run."""
+    processes, device = trainer["num_devices"], trainer["device"]
+    has_device = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
+    if not has_device:
+        raise ValueError(f"trainer.device={device}, but torch finds no such device on this machine; choose auto or cpu")
+    if torch.cuda.is_available() and device in ("auto", "cuda") and processes > torch.cuda.device_count():
+        raise ValueError(f"trainer.num_devices={processes} exceeds the {torch.cuda.device_count()} CUDA devices of this machine")
+    strategy = "auto" if processes == 1 else "ddp" if "TORCHELASTIC_RUN_ID" in os.environ else "ddp_spawn"
+    return Fabric(accelerator=device, devices=processes, strategy=strategy, precision=PRECISIONS[trainer["precision"]])  # type: ignore[arg-type]
+
+
+def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    outcome = fabric.launch(_process, plain, origin)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
+    """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
+    try:
+        with _logging(Path(plain["output_dir"]), fabric.is_global_zero):
+            return _train(fabric, plain, origin)
+    except (*USER_ERRORS, Interrupted) as error:
+        if fabric.world_size == 1:
+            raise
+        return error
+
+
+def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    folder = Path(plain["output_dir"])
+    parts = build(fabric, plain)
+    _check_tasks(folder, parts)
+    trackers = Trackers([])
+    if fabric.is_global_zero:
+        _write_configuration(folder, plain, origin)
+        trackers = Trackers([JsonlTracker(folder=folder), instantiate(plain["tracker"], folder=folder)])
+    records = Records(parts.sequence.num_tasks)
+    try:
+        trainer = Trainer(
+            fabric,
+            epochs=plain["trainer"]["epochs"],
+            optimizer=instantiate({key: value for key, value in plain["optimizer"].items() if key != "head_lr"}),
+            lr=plain["optimizer"]["lr"],
+            head_lr=plain["optimizer"]["head_lr"],
+            schedule=instantiate(plain["scheduler"]),
+            grad_clip=plain["trainer"]["grad_clip"],
+            seed=plain["seed"],
+            folder=folder,
+            records=records,
+            trackers=trackers,
+            show_progress=plain["trainer"]["progress"],
+        )
+        trainer.run(parts.method, parts.sequence, _announce(parts, plain, origin))
+        found = summary(plain, origin.names, parts.backbone, parts.sequence, parts.method, records)
+        found["applied_files"] = origin.applied_files
+        if fabric.is_global_zero:
+            trackers.log("summary", found)
+            write_atomically(folder / "summary.json", lambda file: file.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n"))
+            page = report.write([folder], folder / "report")
+            report.print_table(found)
+            print(f"Report: {page}")
+    finally:
+        trackers.close()
+    return found
+
+
+def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
+    """Load the data, the backbone and the method of a resolved configuration."""
+    data = plain["dataset"]
+    if plain["trainer"]["compile"] and fabric.device.type == "mps":
+        raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
+    splits = get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
+    backbone = build_backbone(**plain["backbone"], image_size=data["image_size"])
+    seed_everything(plain["seed"], "method")
+    method: Method = instantiate(plain["method"], backbone.model, _convert_="all")
+    mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
+    sequence = TaskSequence(
+        splits,
+        class_order=parse_class_order(data["class_order"], len(splits.class_names), plain["seed"]),
+        task_sizes=split_task_sizes(len(splits.class_names), data["num_tasks"], data["task_sizes"]),
+        transforms=build_transforms(data["transform"], backbone.image_size, mean, std),
+        loading=Loading(
+            device=fabric.device,
+            batch_size=plain["trainer"]["batch_size"],
+            eval_batch_size=plain["trainer"]["eval_batch_size"],
+            seed=plain["seed"],
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            num_workers=plain["trainer"]["num_workers"],
+        ),
+        stream=method.stream,
+        validation_fraction=data["validation_fraction"],
+        max_train_per_class=data["max_train_per_class"],
+        max_test_per_class=data["max_test_per_class"],
+    )
+    method.to(fabric.device)
+    if plain["trainer"]["compile"]:
+        method.backbone.compile()
+    return Parts(fabric, sequence, backbone, method)
+
+
+def _look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of the folder's run if that is this one and finished. Touches nothing.
+
+    Raises:
+        ValueError: if the folder holds another run.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        return None
+    if plain["resume"] == "never":
+        raise ValueError(f"output_dir={folder} holds a run already and resume=never; choose another output_dir")
+    old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    different = config_differences(old, plain, RESULT_FREE)
+    hard = [key for key in different if key not in LENGTH and not key.startswith("dataset.class_order")]
+    if hard:
+        values = ", ".join(f"{key} ({_value(old, key)} there, {_value(plain, key)} here)" for key in hard)
+        raise ValueError(f"output_dir={folder} holds a run of another configuration, which differs in {values}; choose another output_dir")
+    return None if different else read_summary(folder)
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name, "nothing") if isinstance(value, dict) else "nothing"
+    return value
+
+
+def _check_tasks(folder: Path, parts: Parts) -> None:
+    """The tasks that the folder's run has begun with must be the first ones of this run.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    old = _last_run_event(folder)
+    if old is None:
+        return
+    new = [task.class_names for task in parts.sequence.tasks]
+    if new[: len(old["tasks"])] != old["tasks"] or (parts.method.stream == "joint" and new != old["tasks"]):
+        raise ValueError(
+            f"output_dir={folder} holds a run over other tasks: dataset.num_tasks, dataset.task_sizes, dataset.class_order and the "
+            "classes in dataset.root must give the same tasks, or the same and then more; choose another output_dir"
+        )
+
+
+def _last_run_event(folder: Path) -> dict[str, Any] | None:
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return None
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave half a line; resuming cuts it off
+            events.append(json.loads(line))
+    return next((event for event in reversed(events) if event["event"] == "run"), None)
+
+
+def _write_configuration(folder: Path, plain: dict[str, Any], origin: Origin) -> None:
+    (folder / "summary.json").unlink(missing_ok=True)  # of a shorter sequence, which is now continued
+    (folder / ".hydra").mkdir(exist_ok=True)
+    for name, text in origin.hydra_files.items():
+        (folder / ".hydra" / name).write_text(text, encoding="utf-8")
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """Say what the run is about to do; returns the same as a record."""
+    sequence, trainer = parts.sequence, plain["trainer"]
+    steps = sum(-(-task.num_train // trainer["batch_size"]) for task in sequence) * trainer["epochs"]
+    sizes = sequence.task_sizes
+    plan = {
+        **origin.names,
+        "tasks": [task.class_names for task in sequence.tasks],
+        "task_sizes": list(sizes),
+        "training_images": [task.num_train for task in sequence.tasks],
+        "test_counts": list(sequence.test_counts),
+        "epochs": trainer["epochs"],
+        "steps": steps,
+        "applied_files": origin.applied_files,
+        "test_hash": sequence.test_hash,
+        "weights": parts.backbone.weights,
+    }
+    classes = f"{sizes[0]} classes each" if len(set(sizes)) == 1 else "classes " + " ".join(map(str, sizes))
+    stages = "one stage with all classes, tested on" if parts.method.stream == "joint" else "learned one after the other:"
+    has_recipe = any(file.startswith("recipe/") for file in origin.applied_files)
+    log.info("%s on %s, %s (%s weights: %s)", *origin.names.values(), parts.backbone.weights["source"], parts.backbone.tag)
+    images = sum(plan["training_images"]), sum(sequence.test_counts)
+    log.info("%s %d tasks, %s; %d training and %d test images", stages, len(sizes), classes, *images)
+    log.info(
+        "%d epochs a stage, batches of %d: %d steps on %s in precision %s",
+        trainer["epochs"], trainer["batch_size"], steps, parts.fabric.device, trainer["precision"],
+    )  # fmt: skip
+    log.info("applied: %s", ", ".join([*origin.applied_files, *([] if has_recipe else ["no published recipe for this pair"])]))
+    log.info("writing to %s", plain["output_dir"])
+    return plan
+
+
+@contextmanager
+def _logging(folder: Path, enabled: bool) -> Iterator[None]:
+    """Show and keep the package's log messages while a run goes on; afterwards the loggers are as before."""
+    if not enabled:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_screen = ConsoleHandler()
+    level, handlers = log.level, [to_file, to_screen]
+    log.setLevel(logging.INFO)
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,398 @@
+"""The continual-learning loop: train on one task after the other, test on all seen, record, checkpoint, resume.
+
+The loop is `Trainer.run`. It knows the `Method` contract and never a concrete method.
+"""
+
+import itertools
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim import Optimizer
+
+from inflora.checkpoint import CheckpointFolder
+from inflora.data.tasks import Batches, Task, TaskSequence
+from inflora.interference import InterferenceProbe
+from inflora.method import Method
+from inflora.metrics import TestCounter
+from inflora.parts.collective import sum_over_processes
+from inflora.progress import Display
+from inflora.results import Records, count_numbers
+from inflora.seeding import seed_everything
+from inflora.trackers import Trackers, write_matrix
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and what to do."""
+
+
+class Interrupted(Exception):
+    """The user, or the machine's scheduler, asked the run to stop; everything needed to continue has been saved."""
+
+
+class Trainer:
+    """Runs a method over a task sequence.
+
+    Args:
+        fabric: devices, processes and precision.
+        epochs: passes over the data of each task.
+        optimizer: makes an optimiser from parameter groups, e.g. a partial of `torch.optim.Adam`.
+        lr: rate of the groups with role "branch".
+        head_lr: rate of the groups with role "head".
+        schedule: (epoch, epochs) -> factor on both rates.
+        grad_clip: largest 2-norm of the gradient over all trained parameters; None: no clipping.
+        seed: the run's seed.
+        folder: the run folder: a checkpoint after every epoch and task, and the matrices.
+        records: filled in as the run goes.
+        trackers: told about every epoch and task.
+        show_progress: draw a progress bar.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        *,
+        epochs: int,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        lr: float,
+        head_lr: float,
+        schedule: Callable[[int, int], float],
+        grad_clip: float | None,
+        seed: int,
+        folder: Path,
+        records: Records,
+        trackers: Trackers,
+        show_progress: bool,
+    ) -> None:
+        self.fabric = fabric
+        self.epochs = epochs
+        self.make_optimizer = optimizer
+        self.rates = {"branch": lr, "head": head_lr}
+        self.schedule = schedule
+        self.grad_clip = grad_clip
+        self.seed = seed
+        self.folder = folder
+        self.checkpoints = CheckpointFolder(folder / "checkpoints")
+        self.records = records
+        self.trackers = trackers
+        self.show_progress = show_progress
+        self.probe = InterferenceProbe()
+        self._stop_requested = False
+
+    # ---- the loop ----
+
+    def run(self, method: Method, sequence: TaskSequence, plan: dict[str, Any]) -> None:
+        """Train on every task of the sequence that is not done yet, filling `records`.
+
+        Args:
+            plan: what the run is about to do, for the trackers.
+
+        Raises:
+            TrainingError: if a loss is not finite.
+            Interrupted: after SIGINT or SIGTERM, with everything saved.
+            CheckpointError: if a checkpoint cannot be written or read.
+        """
+        first_stage, inside = self._restore(method)
+        self.trackers.log("run", plan)
+        tasks = itertools.islice(sequence, first_stage, None)
+        with self._stop_signals(), Display(sequence, self.epochs, self.show_progress and self.fabric.is_global_zero) as display:
+            for task in tasks:
+                method.task = task
+                if inside is None:
+                    self._seed("begin", task)
+                    self.probe.before(method.backbone)
+                    with self._clock("subspace"), self.fabric.autocast():
+                        method.begin_task(task)
+                with self._clock("train"):
+                    self._fit(method, task, inside, display)
+                self._seed("end", task)
+                with self._clock("subspace"), self.fabric.autocast():
+                    method.eval()
+                    method.end_task(task)
+                with self._clock("evaluate"):
+                    self._test(method, sequence, task)
+                self._save(method, {"stage": task.index + 1}, f"task{task.index}", boundary=True)
+                inside = None
+
+    def _fit(self, method: Method, task: Task, inside: dict[str, Any] | None, display: Display) -> None:
+        groups = trainable_groups(method, self.rates)
+        counts = {role: sum(p.numel() for group in groups if group["role"] == role for p in group["params"]) for role in self.rates}
+        if inside is None:
+            self.records.trainable_parameters.append(sum(counts.values()))
+        numbers = " + ".join(f"{count:,} {role}" for role, count in counts.items() if count) or "nothing"
+        log.info("task %d: %d classes, %d images; trains %s parameters", task.index, task.num_classes, task.num_train, numbers)
+        if not groups:
+            return
+        optimizer = self.fabric.setup_optimizers(self.make_optimizer(groups))
+        position = inside or {"epoch": 0, "step": 0, "losses": torch.zeros(0), "hits": 0, "answers": 0}
+        if "optimizer" in position:
+            optimizer.load_state_dict(position["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(position["precision"])
+        display.start_task(task, position["epoch"])
+        for epoch in range(position["epoch"], self.epochs):
+            for group, base in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = base["lr"] * self.schedule(epoch, self.epochs)
+            batches = task.batches("train", stream="fit", epoch=epoch)
+            self._seed("fit", task, epoch)
+            method.train()
+            method.begin_epoch(epoch)
+            meter = Meter(position if epoch == position["epoch"] else None, task, epoch)
+            began = time.monotonic()
+            for step, (x, y) in enumerate(itertools.islice(batches, meter.step, None), start=meter.step):
+                self._step(method, optimizer, x, y, batches.global_size(step) if self.fabric.world_size > 1 else len(x), meter)
+                display.step(batches.global_size(step), meter, method)
+                if self._stop_requested:
+                    self._save_inside(method, optimizer, task, meter.state(method, epoch, step + 1))
+                    raise Interrupted
+            self._end_epoch(method, optimizer, task, epoch, meter, batches, time.monotonic() - began)
+
+    def _step(self, method: Method, optimizer: Any, x: Tensor, y: Tensor, global_size: int, meter: "Meter") -> None:
+        """One batch: the optimiser steps of every loss the method gives."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        share = len(x) / global_size  # a process weighs as many images as it has: the sum over processes is the mean over the batch
+        for loss in self._losses(method, x, y):
+            optimizer.zero_grad()
+            if loss is not None and loss.requires_grad:
+                self.fabric.backward(loss * share if share != 1 else loss)
+            if self.fabric.world_size > 1:
+                self._stop_requested = sum_gradients(parameters, self._stop_requested)
+            if self.grad_clip is not None:
+                self.fabric.clip_gradients(method, optimizer, max_norm=self.grad_clip, error_if_nonfinite=False)
+            optimizer.step()
+            method.after_step()
+        meter.add(torch.zeros((), device=x.device) if loss is None else loss.detach() * share)
+
+    def _losses(self, method: Method, x: Tensor, y: Tensor) -> Iterator[Tensor | None]:
+        """The method's losses, each computed when asked for, under mixed precision. None stands for a process without images."""
+        if len(x) == 0:
+            yield None
+            return
+        with self.fabric.autocast():
+            losses = method.loss(x, y)
+        if isinstance(losses, Tensor):
+            yield losses
+            return
+        while True:
+            with self.fabric.autocast():
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield loss
+
+    def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", batches: Batches, seconds: float) -> None:
+        losses = sum_over_processes(meter.losses())
+        meter.check(losses)
+        hits = torch.tensor(meter.hits(method), dtype=torch.float64, device=self.fabric.device)
+        right, answers = sum_over_processes(hits).tolist()
+        self.trackers.log(
+            "epoch",
+            {
+                "task": task.index,
+                "epoch": epoch,
+                "loss": losses.mean().item(),
+                "training_accuracy": 100 * right / answers if answers else None,
+                "lr": optimizer.param_groups[0]["lr"],
+                "images_per_second": batches.num_images / max(seconds, 1e-9),
+            },
+        )
+        self._save_inside(method, optimizer, task, Meter(None, task, epoch + 1).state(method, epoch + 1, 0))
+
+    # ---- testing ----
+
+    def _test(self, method: Method, sequence: TaskSequence, task: Task) -> None:
+        older_tasks = [] if method.stream == "joint" else sequence.seen(task)[:-1]
+        rates = evaluate(method, sequence.seen(task), sequence.class_to_task, self.fabric)
+        self.records.add(len(sequence.seen(task)) - 1, rates)
+        event = {
+            "task": task.index,
+            **self.records.latest(sequence.test_counts),
+            "interference": self.probe.after(method.backbone, older_tasks),
+            "wall_seconds": self.records.timings(),
+            "stored_parameters": count_numbers(method.state_dict()) - count_numbers(method.backbone.state_dict()),
+            **method.diagnostics(),
+        }
+        self.trackers.log("task", event)
+        if self.fabric.is_global_zero:
+            write_matrix(self.folder / "accuracy_matrix.csv", self.records.matrices[0])
+            write_matrix(self.folder / "task_aware_matrix.csv", self.records.matrices[1])
+        numbers = event["accuracy"], event["task_aware_accuracy"]
+        log.info("task %d: accuracy %.2f %% over all seen classes, %.2f %% with the task given", task.index, *numbers)
+
+    # ---- checkpoints ----
+
+    def _restore(self, method: Method) -> tuple[int, dict[str, Any] | None]:
+        """Bring the method to where the run stopped; returns the stage, and the position inside it if it had begun training."""
+        state = self.checkpoints.latest()
+        if state is None:
+            if self.fabric.is_global_zero:
+                self.checkpoints.save_base({"method": method.state_dict()})
+            self.fabric.barrier()
+            self.trackers.rewind(0)
+            return 0, None
+        inside = state["position"] if "epoch" in state["position"] else None
+        stage = state["position"]["stage"]
+        if inside is not None and stage > 0:  # the probe compares with the weights at the end of the task before
+            boundary = self.checkpoints.latest_boundary()
+            assert boundary is not None, "a stage after the first follows a saved one"
+            method.load_state_dict(boundary["method"])
+            self.probe.before(method.backbone)
+        method.load_state_dict(state["method"])
+        self.records.load_state_dict(state["records"])
+        self.trackers.rewind(state["trackers"])
+        return stage, inside
+
+    def _save_inside(self, method: Method, optimizer: Any, task: Task, position: dict[str, Any]) -> None:
+        position |= {
+            "stage": task.index,
+            "optimizer": optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+        }
+        self._save(method, position, f"task{task.index}_epoch{position['epoch']}_step{position['step']}")
+
+    def _save(self, method: Method, position: dict[str, Any], tag: str, *, boundary: bool = False) -> None:
+        if self.fabric.is_global_zero:
+            state = {
+                "position": position,
+                "method": method.state_dict(),
+                "records": self.records.state_dict(),
+                "trackers": self.trackers.position(),
+            }
+            self.checkpoints.save(state, tag, boundary=boundary)
+        if boundary and self._stop_requested and self.fabric.world_size == 1:
+            raise Interrupted
+        self.fabric.barrier()
+
+    # ---- small helpers ----
+
+    def _seed(self, name: str, task: Task, *keys: int) -> None:
+        seed_everything(self.seed, name, task.index, *keys)
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.records.wall_seconds[name] += time.monotonic() - began
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a stop at the next safe point; a second SIGINT stops at once."""
+
+        def request(number: int, frame: Any) -> None:
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            self._stop_requested = True
+
+        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class Meter:
+    """Losses and right answers of one epoch, kept on the device so that nothing waits for it.
+
+    Args:
+        position: where a stopped epoch goes on; None for a fresh one.
+    """
+
+    def __init__(self, position: dict[str, Any] | None, task: Task, epoch: int) -> None:
+        self.step: int = position["step"] if position else 0
+        self._before: Tensor = position["losses"] if position else torch.zeros(0)
+        self._hits, self._answers = (position["hits"], position["answers"]) if position else (0, 0)
+        self._losses: list[Tensor] = []
+        self.epoch = epoch
+        self._where = f"task {task.index}, epoch {epoch}"
+
+    def add(self, loss: Tensor) -> None:
+        self._losses.append(loss.float())
+
+    def losses(self) -> Tensor:
+        """(steps,) loss of every batch so far."""
+        if not self._losses:
+            return self._before
+        new = torch.stack(self._losses)
+        return torch.cat([self._before.to(new.device), new])
+
+    def recent_loss(self) -> float:
+        """Mean loss of the latest batches; waits for the device."""
+        return torch.stack(self._losses[-20:]).mean().item() if self._losses else float("nan")
+
+    def hits(self, method: Method) -> tuple[int, int]:
+        """(right answers, answers) of this process so far."""
+        right, answers = method.take_training_hits()
+        self._hits, self._answers = self._hits + right, self._answers + answers
+        return self._hits, self._answers
+
+    def check(self, losses: Tensor) -> None:
+        """Raises TrainingError if a loss is not finite."""
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            raise TrainingError(
+                f"the loss is {losses[step].item()} at {self._where}, step {step}; lower optimizer.lr and optimizer.head_lr, or use "
+                "trainer.precision=32 (the last checkpoint is from before it)"
+            )
+
+    def state(self, method: Method, epoch: int, step: int) -> dict[str, Any]:
+        """The position to save, after `step` batches of `epoch`."""
+        losses = self.losses()
+        self.check(losses)
+        hits, answers = self.hits(method) if step else (0, 0)
+        return {"epoch": epoch, "step": step, "losses": losses, "hits": hits, "answers": answers}
+
+
+def trainable_groups(method: Method, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """The method's parameter groups with their learning rates; everything else is frozen, and groups without parameters are left out."""
+    method.requires_grad_(False)
+    groups = []
+    for group in method.param_groups():
+        parameters = list(group["params"])
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        if parameters:
+            groups.append({"params": parameters, "lr": rates[group["role"]], "role": group["role"]})
+    return groups
+
+
+def sum_gradients(parameters: Sequence[Tensor], flag: bool) -> bool:
+    """Sum the gradients over the processes, in one message; returns whether any process raised its flag."""
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([piece.reshape(-1) for piece in pieces] + [pieces[0].new_full((1,), float(flag))])
+    sum_over_processes(flat)
+    for parameter, piece in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+    return bool(flat[-1] > 0)
+
+
+@torch.inference_mode()
+def evaluate(method: Method, tasks: Sequence[Task], class_to_task: Tensor, fabric: Fabric) -> np.ndarray:
+    """Test a method on the test images of some tasks, in one pass.
+
+    Returns:
+        (3, num_tasks) shares of each task's images, nan for tasks not tested: class-incremental accuracy, accuracy when the task is given,
+        and share whose predicted class belongs to the right task.
+    """
+    method.eval()
+    counter = TestCounter(class_to_task.to(fabric.device))
+    for task in tasks:
+        for x, y in task.test_batches():
+            if len(x):
+                with fabric.autocast():
+                    scores = method.predict(x)
+                counter.update(scores.float(), y)
+    sum_over_processes(counter.counts)
+    return counter.rates()
