@@ -10,7 +10,7 @@ Everything here works on NumPy arrays, and on the methods of the tensors it is g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +114,7 @@ def learning_accuracy(accuracy: Array) -> float:
     return _mean(np.diag(accuracy))
 
 
-def summarize(accuracy: Array, task_aware: Array, task_id: Array, test_counts: Sequence[int]) -> dict[str, object]:
+def summarize(accuracy: Array, task_aware: Array, task_id: Array, test_counts: Sequence[int]) -> dict[str, Any]:
     """Every metric that one run can give, under its name in summary.json.
 
     Args:
@@ -155,8 +155,8 @@ def summarize(accuracy: Array, task_aware: Array, task_id: Array, test_counts: S
     return {**written, "null_reasons": _null_reasons(written, len(test_counts))}
 
 
-def _null_reasons(written: dict[str, object], num_tasks: int) -> dict[str, str]:
-    measured_once = "the model was tested only after its last stage, not after every task"
+def _null_reasons(written: dict[str, Any], num_tasks: int) -> dict[str, str]:
+    measured_once = "the model was tested only after its last stage"
     reasons = {
         "forward_transfer": "without a head for classes not seen yet it is zero by construction",
         "intransigence": "it needs reference models trained jointly on the tasks up to each one",
@@ -175,7 +175,7 @@ def _mean(values: Array) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _percent(value: Array | float) -> object:
+def _percent(value: Array | float) -> Any:
     if isinstance(value, np.ndarray):
         return [_percent(float(entry)) for entry in value]
     return None if np.isnan(value) else 100.0 * float(value)

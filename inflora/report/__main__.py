@@ -1,0 +1,43 @@
+"""`python -m inflora.report RUN_OR_MULTIRUN_DIR... --out DIR`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from inflora.report import load, write_loaded
+from inflora.report.tables import print_section
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a report; returns the exit status: 0, or 1 after one sentence on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inflora.report",
+        description="Aggregate finished runs over their seeds and write report.html, report.md, results.csv, table.tex and figures. "
+        "Runs that differ only in seed, output folder, device or tracker count as repetitions; runs on other data, "
+        "other test images or other weights get a section of their own.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="RUN_OR_MULTIRUN_DIR", help="run folders, or folders that hold them at any depth")
+    parser.add_argument("--out", default="report", type=Path, metavar="DIR", help="where to write (default: report)")
+    parser.add_argument(
+        "--reference", default="inflora", metavar="METHOD", help="the method compared with each other one, seed by seed (default: inflora)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        loaded = load(options.folders)
+        for sentence in loaded.left_out:
+            print(sentence, file=sys.stderr)
+        path = write_loaded(loaded, options.out, reference=options.reference)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for section in loaded.sections:
+        print_section(section, Console())
+    print(f"report: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
