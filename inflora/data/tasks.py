@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,14 +50,14 @@ def parse_class_order(spec: str | Sequence[int], num_classes: int, seed: int) ->
     Raises:
         ValueError: if the text is none of these, or the list is not a permutation of 0..num_classes-1.
     """
-    if not isinstance(spec, str):
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
         return _check_permutation(list(spec), num_classes)
     if spec == "natural":
         return list(range(num_classes))
-    match = re.fullmatch(r"(numpy|python):(\d+)(\+seed)?", spec)
+    match = re.fullmatch(r"(numpy|python):(\d+)(\+seed)?", str(spec))
     if match is None:
         raise ValueError(
-            f"dataset.class_order={spec} is unknown; choose natural, numpy:1993, python:1 (any number, +seed adds the run's seed), or a "
+            f"dataset.class_order={spec} is unknown; choose natural, numpy:1993, python:1 (any number; +seed adds the run's seed), or a "
             "list of all class ids"
         )
     order_seed = int(match[2]) + (seed if match[3] else 0)
@@ -69,12 +70,15 @@ def parse_class_order(spec: str | Sequence[int], num_classes: int, seed: int) ->
 
 
 def _check_permutation(order: list[int], num_classes: int) -> list[int]:
-    duplicates = sorted({class_id for class_id in order if order.count(class_id) > 1})
-    missing = sorted(set(range(num_classes)) - set(order))
-    unknown = sorted(set(order) - set(range(num_classes)))
-    faults = [f"{name} {_shorten(ids)}" for name, ids in (("repeats", duplicates), ("lacks", missing), ("has unknown", unknown)) if ids]
-    if faults:
-        raise ValueError(f"dataset.class_order must list every class id 0..{num_classes - 1} once; it {', '.join(faults)}")
+    allowed = set(range(num_classes))
+    faults = {
+        "has unknown": [class_id for class_id in order if class_id not in allowed],
+        "repeats": [class_id for class_id, count in Counter(order).items() if count > 1],
+        "lacks": sorted(allowed - set(order)),
+    }
+    if any(faults.values()):
+        text = ", ".join(f"{fault} {_shorten(ids)}" for fault, ids in faults.items() if ids)
+        raise ValueError(f"dataset.class_order must list every class id 0..{num_classes - 1} once; the list {text}")
     return order
 
 
@@ -164,7 +168,7 @@ class _Pool:
                 groups.append([])
                 height, width = h, w
             groups[-1].append(position)
-        return [torch.tensor(group) for group in groups]
+        return [torch.tensor(sorted(group)) for group in groups]
 
 
 _Loaded = tuple[Tensor, int, list[tuple[Tensor, Tensor, Tensor | None]]]
@@ -328,6 +332,9 @@ class TaskSequence:
         class_order: the data set's class ids in learning order.
         class_to_task: (num_classes,) long, internal label -> task.
         tasks: the tasks.
+        split_id: how training and test images were told apart.
+        test_counts: test images per task.
+        test_hash: identifies the test images of all tasks (`hash_paths`).
     """
 
     def __init__(
@@ -361,7 +368,8 @@ class TaskSequence:
         self.class_to_task = torch.repeat_interleave(torch.tensor(task_sizes))
         train_rows, test_rows = _select_rows(splits, validation_fraction, max_train_per_class, max_test_per_class)
         test_set = splits.train if validation_fraction > 0 else splits.test
-        pools = _Pool(splits.train.images, loading.device), _Pool(test_set.images, loading.device)
+        train_pool = _Pool(splits.train.images, loading.device)
+        test_pool = train_pool if test_set is splits.train else _Pool(test_set.images, loading.device)
 
         def make_task(index: int, num_tasks: int, start: int, stop: int) -> Task:
             ids = class_order[start:stop]
@@ -371,8 +379,8 @@ class TaskSequence:
                 start,
                 ids,
                 [splits.class_names[class_id] for class_id in ids],
-                train=(pools[0], *_rows_and_labels(train_rows, ids, start)),
-                test=(pools[1], *_rows_and_labels(test_rows, ids, start)),
+                train=(train_pool, *_rows_and_labels(train_rows, ids, start)),
+                test=(test_pool, *_rows_and_labels(test_rows, ids, start)),
                 transforms=transforms,
                 loading=loading,
             )
@@ -382,7 +390,7 @@ class TaskSequence:
         self._stages = self.tasks if stream == "tasks" else [make_task(0, 1, 0, self.num_classes)]
         self._stream = stream
         self.test_counts = [task.num_test for task in self.tasks]
-        self.split_id = splits.split_id
+        self.split_id = splits.split_id + (f" validation:{validation_fraction}" if validation_fraction > 0 else "")
         self.test_hash = hash_paths([test_set.paths[row] for row in torch.cat(test_rows).tolist()])
         _check_images(splits.class_names, train_rows, test_rows, self.tasks)
 
@@ -405,9 +413,9 @@ def _rows_by_class(images: ImageSet, num_classes: int) -> list[Tensor]:
     return list(images.labels.argsort(stable=True).split(counts.tolist()))
 
 
-def _shuffle_class(rows: Tensor, kind: str, class_id: int) -> Tensor:
-    """The rows of one class in an order that depends on the class and its number of images alone."""
-    return rows[torch.randperm(len(rows), generator=generator(0, f"subset:{kind}", class_id))]
+def _shuffle_class(rows: Tensor, kind: str, class_name: str) -> Tensor:
+    """The rows of one class in an order that depends on its name and number of images alone."""
+    return rows[torch.randperm(len(rows), generator=generator(0, f"subset:{kind}:{class_name}"))]
 
 
 def _select_rows(splits: Splits, fraction: float, max_train: int | None, max_test: int | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -417,17 +425,16 @@ def _select_rows(splits: Splits, fraction: float, max_train: int | None, max_tes
     for name, limit in (("max_train_per_class", max_train), ("max_test_per_class", max_test)):
         if limit is not None and limit < 1:
             raise ValueError(f"dataset.{name}={limit} is out of range; choose 1 or more, or null for all images")
-    num_classes = len(splits.class_names)
     train_rows, test_rows = [], []
-    by_class = zip(_rows_by_class(splits.train, num_classes), _rows_by_class(splits.test, num_classes), strict=True)
-    for class_id, (train, test) in enumerate(by_class):
-        train = _shuffle_class(train, "train", class_id)
+    by_class = (_rows_by_class(images, len(splits.class_names)) for images in (splits.train, splits.test))
+    for name, train, test in zip(splits.class_names, *by_class, strict=True):
+        train = _shuffle_class(train, "train", name)
         if fraction > 0:
             # Held out from the end, so that `max_train_per_class` chooses the same images with and without validation.
             num_held_out = max(1, round(fraction * len(train)))
             train, test = train[:-num_held_out], train[-num_held_out:]
         else:
-            test = _shuffle_class(test, "test", class_id)
+            test = _shuffle_class(test, "test", name)
         train_rows.append(train[:max_train].sort().values)
         test_rows.append(test[:max_test].sort().values)
     return train_rows, test_rows
