@@ -1,0 +1,348 @@
+"""Which input directions a layer must keep, and in which of the others the next branch may learn.
+
+Everything here is linear algebra on second moments C = mean of h h^T (dim, dim) of a layer's inputs h: no task, no ViT, no device policy.
+
+- `CovarianceAccumulator` collects C of several layers in one pass over the data;
+- `DualGPM` remembers, task after task, the subspace that old inputs occupy;
+- `design_branch` picks the directions of the new inputs outside that subspace: the frozen `lora_A` of InfLoRA.
+
+All decompositions run in float64 on the CPU and in free coordinates: with Q (dim, f) an orthonormal basis of the directions not yet
+protected, R = P C = Q (Q^T C), so the left singular vectors of R are Q times those of the (f, dim) matrix Q^T C. Nothing computed that
+way can enter the protected space, whatever the tolerance. The squared form Q^T C^2 Q would be about 1.7 times faster (dim 768), but it
+loses every singular value below 1e-8 of the largest, which is where a rank-deficient covariance is told from a full one.
+
+Source: Liang & Li 2024 (InfLoRA, arXiv 2404.00228) and its reference implementation; DualGPM after Liang & Li 2023. Departures are
+stated where they occur.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+# A sum of squares within this relative distance of the energy it is compared with counts as equal to it. Ties happen only in spectra
+# made by hand, where rounding would otherwise decide them.
+_TIE = 1e-9
+
+# Tokens per float32 product. Without the cut, the rounding of a batch of 128 images (25,000 tokens) is about ten times larger, relative
+# to the sum, for 6 % less time (dim 768, one CPU thread).
+_CHUNK = 1024
+
+
+class MissingDirectionsWarning(UserWarning):
+    """`design_branch` found fewer directions than the rank asks for; the rows it could not fill are zero."""
+
+
+def threshold_at(task_index: int, num_tasks: int, start: float, end: float) -> float:
+    """Energy threshold for the update after task `task_index` (0-based): start + (end - start) t / T, which never reaches `end`.
+
+    Tasks beyond the planned `num_tasks` keep the last planned value: at t = T the formula would protect everything.
+
+    Raises:
+        ValueError: if `start` or `end` lies outside [0, 1], or `num_tasks` is below 1.
+    """
+    for key, value in (("method.threshold", start), ("method.threshold_end", end)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{key}={value} is not a fraction of energy; choose a number from 0 to 1")
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks={num_tasks} leaves nothing to schedule; choose 1 or more")
+    return start + (end - start) * min(task_index, num_tasks - 1) / num_tasks
+
+
+class DualGPM:
+    """The subspace that old tasks' inputs of one layer occupy, stored as itself or as its complement, whichever is smaller.
+
+    Attributes:
+        dim: width of the layer's input.
+        basis: (dim, k) float64 on the CPU, orthonormal columns. Fresh: (dim, 0).
+        kind: "remove" if `basis` spans the protected space, "retain" if it spans the free one. Fresh: "remove".
+
+    Args:
+        dim: width of the layer's input.
+        energy: what the thresholds are fractions of. "gram": the sum of the squared singular values of C, as the published numbers were
+            made; "input": the sum of the singular values of C, i.e. the inputs' own energy, as the paper's text says. "input" protects
+            far more directions at the same threshold.
+        dual: False gives plain GPM: the protected space is always the one stored.
+
+    Raises:
+        ValueError: if `energy` is unknown.
+
+    Source: Saha et al. 2021 (GPM), Liang & Li 2023 (DualGPM). Departures from the reference implementation: a first task that fills
+    half the space or more stores the free space (the reference stores the used one under that name), and directions that are only
+    rounding never enter.
+    """
+
+    def __init__(self, dim: int, *, energy: Literal["gram", "input"] = "gram", dual: bool = True) -> None:
+        if energy not in ("gram", "input"):
+            raise ValueError(f"method.energy={energy} is unknown; choose gram or input")
+        self.dim = dim
+        self.energy = energy
+        self.dual = dual
+        self.kind: Literal["remove", "retain"] = "remove"
+        self.basis = torch.zeros(dim, 0, dtype=torch.float64)
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the protected subspace."""
+        columns = self.basis.shape[1]
+        return columns if self.kind == "remove" else self.dim - columns
+
+    def free_basis(self) -> Tensor:
+        """(dim, dim - dimension) float64: an orthonormal basis of the space that is not protected."""
+        if self.kind == "retain":
+            return self.basis
+        if self.dimension == 0:
+            return torch.eye(self.dim, dtype=torch.float64)
+        return torch.linalg.qr(self.basis, mode="complete").Q[:, self.dimension :]
+
+    def project(self, covariance: Tensor) -> Tensor:
+        """P C: the part of `covariance` (dim, dim) whose columns lie in the free space. Computed in float64; dtype and device are kept."""
+        C = _on_cpu(covariance, self.dim)
+        inside = self.basis @ (self.basis.mT @ C)
+        return (inside if self.kind == "retain" else C - inside).to(covariance)
+
+    def update(self, covariance: Tensor, threshold: float) -> None:
+        """Protect the fewest leading directions of P C that raise the captured energy of C to `threshold`.
+
+        At equality, "remove" stops and "retain" takes one more. The first update with "gram" stops one direction short of the threshold,
+        with at least one direction (the reference's rule). A covariance of zeros changes nothing: a fresh memory stays fresh.
+
+        Args:
+            covariance: (dim, dim) second moment of the finished task's inputs, any float type and device.
+            threshold: fraction of the energy, in [0, 1]; at 1 every direction above rounding is protected (all but one in a first
+                update with "gram").
+
+        Raises:
+            ValueError: if `threshold` lies outside [0, 1], or the covariance has another shape or holds NaN or infinity.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is not a fraction of energy; choose a number from 0 to 1")
+        C, rounding = _symmetric(covariance, self.dim)
+        total = C.square().sum() if self.energy == "gram" else C.trace()
+        if total <= 0:
+            return
+
+        free = self.free_basis()
+        vectors, values = _left_singular(C, free, two_sided=self.energy == "input")
+        values = values[values > rounding]
+        energies = values.square() if self.energy == "gram" else values
+        missed = energies.flip(0).cumsum(0).flip(0)  # missed[j]: energy still unprotected after adding j directions
+        allowed = (1 - threshold) * total
+
+        is_first = self.dimension == 0
+        if self.kind == "retain":
+            count = int((missed >= allowed * (1 - _TIE)).sum())
+        else:
+            count = int((missed > allowed * (1 + _TIE)).sum())
+            if is_first:
+                count = max(1, count - 1 if self.energy == "gram" else count)
+
+        used = self.dimension + count
+        if self.dual and (2 * used > self.dim or (is_first and 2 * used == self.dim)):
+            self.kind = "retain"  # there is no way back: the used space only grows
+        kept = free @ vectors[:, count:] if self.kind == "retain" else torch.cat([self.basis, free @ vectors[:, :count]], dim=1)
+        # Orthonormal up to rounding already; QR keeps that rounding from adding up over tasks.
+        self.basis = torch.linalg.qr(kept).Q.contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The basis (a tensor) and plain values; `load_state_dict` restores them exactly."""
+        return {"basis": self.basis.clone(), "kind": self.kind, "dim": self.dim, "energy": self.energy, "dual": self.dual}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved memory.
+
+        Raises:
+            ValueError: if it was saved with another dim, energy or dual.
+        """
+        for key in ("dim", "energy", "dual"):
+            if state[key] != getattr(self, key):
+                raise ValueError(f"the saved memory has {key}={state[key]}, this one has {key}={getattr(self, key)}; use the saved value")
+        self.kind = state["kind"]
+        self.basis = state["basis"].to("cpu", torch.float64).clone()
+
+
+def design_branch(
+    covariance: Tensor,
+    memory: DualGPM,
+    rank: int,
+    *,
+    decomposition: Literal["PC", "PCP"] = "PC",
+    scale: float = 3**-0.5,
+) -> Tensor:
+    """The frozen `lora_A` of the next branch: the leading directions of the new inputs inside the free space of `memory`.
+
+    Rows are orthonormal up to `scale` and orthogonal to everything `memory` protects. Where the free space, or the covariance within it,
+    has fewer than `rank` dimensions, the missing rows are exactly zero and a `MissingDirectionsWarning` says how many.
+
+    Args:
+        covariance: (dim, dim) second moment of the new task's inputs, any float type and device.
+        memory: what earlier tasks protect.
+        rank: number of rows.
+        decomposition: "PC" takes the left singular vectors of P C, as the reference implementation does; "PCP" the eigenvectors of
+            P C P, i.e. the principal directions of the projected inputs, as in the paper. Equal for a fresh memory.
+        scale: norm of every row. 1/sqrt(3) is the expected norm of a row of LoRA's usual random initialisation, so that usual learning
+            rates fit; the paper has 1.
+
+    Returns:
+        (rank, dim), on the covariance's device, in its dtype or float32, whichever is wider.
+
+    Raises:
+        ValueError: if `rank` lies outside 1..dim, `decomposition` is unknown, or the covariance has another shape or is not finite.
+    """
+    if not 1 <= rank <= memory.dim:
+        raise ValueError(f"method.rank={rank} does not fit a layer with {memory.dim} inputs; choose 1..{memory.dim}")
+    if decomposition not in ("PC", "PCP"):
+        raise ValueError(f"method.decomposition={decomposition} is unknown; choose PC or PCP")
+    C, rounding = _symmetric(covariance, memory.dim)
+    free = memory.free_basis()
+    vectors, values = _left_singular(C, free, two_sided=decomposition == "PCP")
+    found = min(rank, int((values > rounding).sum()))
+    if found < rank:
+        warnings.warn(
+            f"only {found} of the {rank} rows of lora_A have a direction left ({free.shape[1]} of {memory.dim} dimensions are free); "
+            f"the other {rank - found} are zero",
+            MissingDirectionsWarning,
+            stacklevel=2,
+        )
+    lora_A = torch.zeros(rank, memory.dim, dtype=torch.float64)
+    lora_A[:found] = scale * (free @ vectors[:, :found]).mT
+    return lora_A.to(torch.promote_types(covariance.dtype, torch.float32)).to(covariance.device)
+
+
+def _on_cpu(covariance: Tensor, dim: int) -> Tensor:
+    """The covariance in float64 on the CPU, checked."""
+    if covariance.shape != (dim, dim):
+        raise ValueError(f"the covariance has shape {tuple(covariance.shape)}; a layer with {dim} inputs needs ({dim}, {dim})")
+    if not covariance.isfinite().all():
+        raise ValueError("the covariance holds NaN or infinity: the layer's inputs have diverged; lower optimizer.lr or check the data")
+    return covariance.detach().cpu().double()  # in this order: some devices have no float64
+
+
+def _symmetric(covariance: Tensor, dim: int) -> tuple[Tensor, float]:
+    """The covariance in float64, exactly symmetric, and the size up to which its singular values are rounding.
+
+    That size is dim times float64's epsilon, relative to the Frobenius norm (between the largest singular value S_0 and sqrt(dim) S_0,
+    and free). It is measured on C itself: what is left of C after a projection may be nothing but rounding. A covariance that arrives in
+    float32 carries rounding of its own: up to 0.4 of that type's epsilon was seen for rank-deficient products, so ten times that is cut.
+    """
+    C = _on_cpu(covariance, dim)
+    relative = max(dim * torch.finfo(torch.float64).eps, 4 * torch.finfo(covariance.dtype).eps)
+    return (C + C.mT) / 2, relative * C.norm().item()
+
+
+def _left_singular(C: Tensor, free: Tensor, *, two_sided: bool) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (f, f) and values (f,), descending, of free^T C, or of free^T C free if `two_sided`.
+
+    When the whole space is free both have the same vectors, and the symmetric problem is the cheaper one.
+    """
+    if two_sided or free.shape[1] == C.shape[0]:
+        values, vectors = torch.linalg.eigh(free.mT @ C @ free)
+        return vectors.flip(1), values.flip(0).clamp(min=0)
+    vectors, values, _ = torch.linalg.svd(free.mT @ C, full_matrices=False)
+    return vectors, values
+
+
+def _no_reduction(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class CovarianceAccumulator:
+    """Collects the second moments of the inputs of several linear layers while the model runs.
+
+        with CovarianceAccumulator(layers) as moments, torch.no_grad():
+            for x, _ in batches:
+                model(x)
+        C = moments.covariance("blocks.0.attn.qkv")
+
+    Every token counts once, so the result does not depend on how the data is cut into batches; empty batches are fine. Products of 1024
+    tokens are taken in float32 (float64 for float64 models), also under autocast or with TF32 switched on, and summed in float64 where
+    the device has it, all on the layer's device. Layers that are called one after the other on the same tensor share one sum. Forward hooks
+    are used: run the model itself, not a compiled graph of it.
+
+    Args:
+        layers: name -> layer whose first argument is (..., in_features); anything with `in_features` and `weight`.
+        reduce: returns the sum of a tensor over all processes (it may work in place). Called twice per `covariance`, so every process
+            has to ask for the same names in the same order.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], *, reduce: Callable[[Tensor], Tensor] = _no_reduction) -> None:
+        self._layers = layers
+        self._reduce = reduce
+        self._sums = {name: _zeros(layer) for name, layer in layers.items()}
+        self._tokens = dict.fromkeys(layers, 0)
+        self._source: dict[str, str] = {}  # name -> the layer whose sum it shares (itself, mostly)
+        self._last: tuple[str, Callable[[], Tensor | None], int | None] | None = None  # previous call: layer, its input, its version
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "CovarianceAccumulator":
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_pre_hook(partial(self._add, name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._last = None
+
+    def covariance(self, name: str) -> Tensor:
+        """(in_features, in_features): the mean of h h^T over all tokens of all processes, on the layer's device.
+
+        In float32, the precision of the products, so that `DualGPM` knows what to trust (float64 for float64 models).
+
+        Raises:
+            ValueError: if no token reached the layer.
+        """
+        source = self._source.get(name, name)
+        total = self._sums[source]
+        tokens = self._reduce(total.new_tensor(float(self._tokens[source])))
+        total = self._reduce(total.clone())
+        if tokens == 0:
+            raise ValueError(f"no input reached {name} while its covariance was collected; run the uncompiled model on at least one image")
+        return (total / tokens).to(_product_dtype(self._layers[name]))
+
+    def _add(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        h = inputs[0]
+        version = None if h.is_inference() else h._version  # tells a tensor from itself after an in-place change
+        source = name
+        if self._last is not None and self._last[1]() is h and self._last[2] == version:
+            source = self._source[self._last[0]]
+        if self._source.setdefault(name, source) != source:
+            raise RuntimeError(f"{name} shared its input with another layer in one batch and not in another; collect it on its own")
+        self._last = (name, weakref.ref(h), version)  # weak: the activations must be free to go
+        if source != name:
+            return
+        with torch.no_grad(), torch.autocast(h.device.type, enabled=False), _full_float32_products():
+            tokens = h.reshape(-1, h.shape[-1]).to(_product_dtype(self._layers[name]))
+            for chunk in tokens.split(_CHUNK):
+                self._sums[name] += chunk.mT @ chunk
+        self._tokens[name] += len(tokens)
+
+
+def _product_dtype(layer: nn.Linear) -> torch.dtype:
+    return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
+def _zeros(layer: nn.Linear) -> Tensor:
+    device = layer.weight.device
+    return torch.zeros(
+        layer.in_features,
+        layer.in_features,
+        device=device,
+        dtype=torch.float32 if device.type == "mps" else torch.float64,  # mps has no float64
+    )
+
+
+@contextmanager
+def _full_float32_products():
+    """Switch TF32 and its kin off: their products have ten bits."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
