@@ -1,0 +1,255 @@
+"""The low-rank branch: W becomes W + lora_B lora_A on chosen output rows of a linear layer.
+
+Naming trap: the letters are those of LoRA and PEFT, everywhere in this project. `lora_A` (rank, in) reduces, `lora_B` (out, rank)
+increases and starts at zero. The InfLoRA paper swaps them: its designed and frozen B_t is our `lora_A`, its trained A_t our `lora_B`.
+
+Nothing here freezes a weight or knows of tasks: a method decides what trains.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Linear):
+    """A linear layer plus a low-rank branch on slices of its output rows; the branch's scale is exactly 1.
+
+    `weight` and `bias` are the very Parameters of the layer it replaces, under the same names.
+
+    Attributes:
+        lora_A: (rank, in), read by all slices, or (slices, rank, in) if each has its own. A frozen buffer of zeros to be filled by
+            `set_lora_A` or `reset_lora_A`, or, with `train_A`, a trained Parameter that starts as `reset_lora_A` draws it.
+        lora_B: (slices, rows of a slice, rank), a trained Parameter that starts at zero.
+        rows: the slices of output rows, in the order of `lora_B`.
+
+    Args:
+        linear: the layer to take over.
+        rank: in 1..in_features.
+        rows: slices of equal size, ascending, not overlapping; None: one slice with all rows.
+        share_A: one `lora_A` for all slices: its product with the input is then computed once.
+        train_A: whether `lora_A` trains.
+        generator: where a trained `lora_A` is drawn from; None: torch's global generator.
+
+    Raises:
+        ValueError: if `rank` or `rows` do not fit the layer.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        *,
+        rows: Sequence[slice] | None = None,
+        share_A: bool = True,
+        train_A: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and draw weights only to throw them away
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.train(linear.training)
+
+        _check_rank(rank, self.in_features)
+        self.rows = _checked_rows(rows, self.out_features)
+        self.rank = rank
+        self.share_A = share_A
+
+        shape = (rank, self.in_features) if share_A else (len(self.rows), rank, self.in_features)
+        lora_A = self.weight.new_zeros(shape, requires_grad=False)
+        if train_A:
+            self.lora_A = nn.Parameter(lora_A)
+            self.reset_lora_A(generator)
+        else:
+            self.register_buffer("lora_A", lora_A)
+        rows_of_a_slice = self.rows[0].stop - self.rows[0].start
+        self.lora_B = nn.Parameter(self.weight.new_zeros(len(self.rows), rows_of_a_slice, rank))
+
+        # What one skinny product covers: (output rows, which slices). Adjacent slices that share lora_A are one, as k and v of ViT's qkv.
+        is_one_run = all(a.stop == b.start for a, b in zip(self.rows, self.rows[1:], strict=False))
+        if share_A and is_one_run:
+            self._runs = [(slice(self.rows[0].start, self.rows[-1].stop), slice(0, len(self.rows)))]
+        else:
+            self._runs = [(rows, slice(i, i + 1)) for i, rows in enumerate(self.rows)]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        output = F.linear(input, self.weight, self.bias)
+        reduced = F.linear(input, self.lora_A.flatten(0, -2))  # (..., rank), or (..., slices * rank)
+        for rows, slices in self._runs:
+            own = reduced if self.share_A else reduced[..., slices.start * self.rank : slices.stop * self.rank]
+            output[..., rows].add_(F.linear(own, self.lora_B[slices].flatten(0, 1)))
+        return output
+
+    @torch.no_grad()
+    def set_lora_A(self, lora_A: Tensor) -> None:
+        """Fill `lora_A` with a designed factor of the same shape; dtype and device are converted."""
+        assert lora_A.shape == self.lora_A.shape, f"lora_A is {tuple(self.lora_A.shape)}, given {tuple(lora_A.shape)}"
+        self.lora_A.copy_(lora_A)
+
+    @torch.no_grad()
+    def reset_lora_A(self, generator: torch.Generator | None = None) -> None:
+        """Draw `lora_A` as LoRA does: Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(in).
+
+        Drawn on the CPU in float32 (or on the generator's device), so that all devices and precisions start alike.
+        """
+        bound = 1 / math.sqrt(self.in_features)
+        device = "cpu" if generator is None else generator.device
+        self.lora_A.copy_(torch.empty(self.lora_A.shape, device=device).uniform_(-bound, bound, generator=generator))
+
+    def extra_repr(self) -> str:
+        rows = ", ".join(f"{rows.start}:{rows.stop}" for rows in self.rows)
+        return f"{super().extra_repr()}, rank={self.rank}, rows=[{rows}]"
+
+
+def kv_rows(embed_dim: int) -> tuple[slice, slice]:
+    """The rows of the key and of the value in timm's fused qkv projection (3 embed_dim, embed_dim)."""
+    return slice(embed_dim, 2 * embed_dim), slice(2 * embed_dim, 3 * embed_dim)
+
+
+def qkv_names(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[str]:
+    """Names of the qkv projections of a timm ViT: of all blocks, or of those in `blocks` (0-based).
+
+    Raises:
+        ValueError: if a block does not exist or is named twice, or the list is empty.
+    """
+    depth = len(cast(nn.Sequential, vit.blocks))
+    chosen = list(range(depth)) if blocks is None else list(blocks)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(depth)):
+        raise ValueError(f"method.blocks={chosen} does not fit this backbone; choose distinct numbers from 0..{depth - 1}, or null for all")
+    return [f"blocks.{block}.attn.qkv" for block in chosen]
+
+
+def inject(
+    model: nn.Module,
+    names: Iterable[str],
+    rank: int,
+    *,
+    rows: Sequence[slice] | None = None,
+    share_A: bool = True,
+    train_A: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, LowRankLinear]:
+    """Put a branch on each named linear layer of `model`, in place; see `LowRankLinear` for the arguments.
+
+    The model computes what it did before, until `lora_B` trains.
+
+    Returns:
+        name -> the new layer, in the order of `names`.
+
+    Raises:
+        ValueError: if a name is no plain `nn.Linear` of the model, or rank or rows do not fit; the model is then unchanged.
+    """
+    linears = _plain_linears(model, names)
+    injected = {
+        name: LowRankLinear(linear, rank, rows=rows, share_A=share_A, train_A=train_A, generator=generator)
+        for name, linear in linears.items()
+    }
+    for name, module in injected.items():
+        _replace(model, name, module)
+    return injected
+
+
+def check_rank(model: nn.Module, names: Iterable[str], rank: int) -> None:
+    """Refuse early what `inject` would refuse, without changing the model.
+
+    Raises:
+        ValueError: if a name is no plain `nn.Linear` of the model, or `rank` exceeds its inputs or is below 1.
+    """
+    for linear in _plain_linears(model, names).values():
+        _check_rank(rank, linear.in_features)
+
+
+def branches(model: nn.Module) -> dict[str, LowRankLinear]:
+    """name -> layer, for every layer of `model` that has a branch."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def delta_weight(module: LowRankLinear) -> Tensor:
+    """lora_B lora_A as a dense (out, in) matrix, zero outside the branch's rows. Differentiable in both factors."""
+    return _dense_delta(module, module.lora_A, module.lora_B)
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Linear) -> Tensor:
+    """(out, in): a copy of what the layer multiplies its input with, branch included, detached. Exactly what `merge` would store."""
+    if not isinstance(module, LowRankLinear):
+        return module.weight.clone()
+    # In float64 with one rounding at the end: folding many tasks must not pile up error. Some devices have no float64.
+    device = "cpu" if module.weight.device.type == "mps" else module.weight.device
+    weight, lora_A, lora_B = (tensor.to(device).double() for tensor in (module.weight, module.lora_A, module.lora_B))
+    return (weight + _dense_delta(module, lora_A, lora_B)).to(module.weight)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Fold every branch into its weight, in place, and start it again at `lora_B` = 0: the model computes the same."""
+    for module in branches(model).values():
+        module.weight.copy_(effective_weight(module))
+        module.lora_B.zero_()
+
+
+def remove(model: nn.Module) -> None:
+    """Put plain `nn.Linear` layers back, in place, with the same Parameters. What was not merged is dropped."""
+    for name, module in branches(model).items():
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        linear.weight = module.weight
+        linear.register_parameter("bias", module.bias)
+        _replace(model, name, linear.train(module.training))
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` with its branches folded in and plain layers: a stock timm ViT again. `model` is unchanged."""
+    plain = copy.deepcopy(model)
+    merge(plain)
+    remove(plain)
+    return plain
+
+
+def _plain_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    # Exactly nn.Linear: its subclasses have a forward of their own, or are never called (the projections of nn.MultiheadAttention).
+    linears = {name: module for name, module in model.named_modules() if name and type(module) is nn.Linear}
+    names = list(names)
+    unknown = [name for name in names if name not in linears]
+    if unknown:
+        candidates = sorted({re.sub(r"\b\d+\b", "*", name) for name in linears})
+        raise ValueError(f"{', '.join(unknown)} is no plain linear layer of this model; choose among {', '.join(candidates)}")
+    return {name: linears[name] for name in names}
+
+
+def _check_rank(rank: int, in_features: int) -> None:
+    if not 1 <= rank <= in_features:
+        fault = "is below 1" if rank < 1 else f"exceeds the layer's {in_features} inputs"
+        raise ValueError(f"method.rank={rank} {fault}; choose 1..{in_features}")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _dense_delta(module: LowRankLinear, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    delta = lora_B.new_zeros(module.out_features, module.in_features)
+    for rows, part in zip(module.rows, lora_B @ lora_A, strict=True):
+        delta[rows] = part
+    return delta
+
+
+def _checked_rows(rows: Sequence[slice] | None, out_features: int) -> tuple[slice, ...]:
+    """The slices, or one with all rows; refuses what cannot be one stack of equal matrices."""
+    if rows is None:
+        return (slice(0, out_features),)
+    edges = [edge for part in rows for edge in (part.start, part.stop)]
+    sizes = {part.stop - part.start for part in rows}
+    is_ascending = edges == sorted(edges) and all(0 <= edge <= out_features for edge in edges)
+    if not (is_ascending and len(sizes) == 1 and sizes != {0}):
+        given = ", ".join(f"{part.start}:{part.stop}" for part in rows)
+        raise ValueError(f"rows=[{given}] do not fit {out_features} outputs; give ascending slices of equal size that do not overlap")
+    return tuple(rows)
