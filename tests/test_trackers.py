@@ -207,7 +207,7 @@ def test_a_package_that_is_not_installed_is_one_sentence(tmp_path: Path, monkeyp
 
 @pytest.fixture
 def wandb_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """wandb without an account, a network, or a trace outside `tmp_path`; its background process is ended afterwards."""
+    """wandb without an account, a network, or a trace outside `tmp_path`; no background process stays."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
@@ -246,6 +246,9 @@ def read_wandb(path: Path) -> Iterator[Any]:
 
 def history(folder: Path) -> tuple[list[Any], list[dict[str, Any]]]:
     """The run records and the logged rows of all offline runs of a folder, in the order they were started."""
+    import wandb
+
+    wandb.teardown()  # waits for its background process, which may still be writing
     runs, rows = [], []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime):
         for record in read_wandb(path):
