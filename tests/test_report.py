@@ -1,7 +1,9 @@
 """Reports on synthetic run folders: what is found, how it is grouped, and every number that is written."""
 
+import html
 import io
 import json
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -386,6 +388,48 @@ def test_html_is_whole_and_self_contained(written: Path):
     assert figures.INK not in source[source.index("<svg") :]
     for text in ("inflora", "sequential", "joint", "seed=3 is unfinished", "higher last accuracy"):
         assert text in page.text
+
+
+MEASURE = """
+<script>
+onload = () => {
+  const page = frames[0].document, style = (element) => frames[0].getComputedStyle(element);
+  const report = {
+    width: page.documentElement.scrollWidth,
+    figures: [...page.querySelectorAll(".figures svg")].map((svg) => svg.getBoundingClientRect().width),
+    paper: style(page.body).backgroundColor,
+    ink: style(page.body).color,
+    drawn: [...new Set([...page.querySelectorAll("svg text")].map((text) => style(text).fill))],
+  };
+  document.body.innerHTML = `<pre>${JSON.stringify(report)}</pre>`;
+};
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "paper"), [("1", "rgb(255, 255, 255)"), ("0", "rgb(20, 25, 31)")], ids=["light", "dark"])
+def test_html_on_a_phone_in_a_real_browser(written: Path, tmp_path: Path, scheme: str, paper: str):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome on this machine")
+    frame = f'<iframe width="390" height="800" srcdoc="{html.escape((written / "report.html").read_text())}"></iframe>{MEASURE}'
+    (tmp_path / "frame.html").write_text(frame)
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    ]
+    command = [browser, *options, "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    seen = json.loads(dom[dom.index("<pre>") + 5 : dom.index("</pre>")])
+    assert seen["width"] <= 390  # tables scroll inside the page; the page itself does not
+    assert len(seen["figures"]) == 8
+    assert all(300 < width < 390 for width in seen["figures"])
+    assert seen["paper"] == paper
+    assert seen["ink"] in seen["drawn"]
+    assert set(seen["drawn"]) <= {seen["ink"], "rgb(0, 0, 0)", "rgb(255, 255, 255)"}  # the numbers in heat maps suit their cells
 
 
 def test_html_escapes_what_users_type(tmp_path: Path):

@@ -143,6 +143,11 @@ def runs_frame(sections: Iterable[Section]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def to_frame(table: Table) -> pd.DataFrame:
+    """The same cells as a frame, which notebooks show as a table."""
+    return pd.DataFrame(table.rows, columns=table.header).set_index(table.header[0])
+
+
 def to_markdown(table: Table) -> str:
     alignment = ["---", *["---:"] * (len(table.header) - 1)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [table.header, alignment, *table.rows]]
