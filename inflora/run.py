@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
@@ -161,16 +162,16 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
     trackers = Trackers([])
     if fabric.is_global_zero:
         _write_configuration(folder, plain, origin)
-        trackers = Trackers([JsonlTracker(folder=folder), instantiate(plain["tracker"], folder=folder)])
+        trackers = Trackers([JsonlTracker(folder=folder), _instantiate(plain["tracker"], folder=folder)])
     records = Records(parts.sequence.num_tasks)
     try:
         trainer = Trainer(
             fabric,
             epochs=plain["trainer"]["epochs"],
-            optimizer=instantiate({key: value for key, value in plain["optimizer"].items() if key != "head_lr"}),
+            optimizer=_instantiate({key: value for key, value in plain["optimizer"].items() if key != "head_lr"}),
             lr=plain["optimizer"]["lr"],
             head_lr=plain["optimizer"]["head_lr"],
-            schedule=instantiate(plain["scheduler"]),
+            schedule=_instantiate(plain["scheduler"]),
             grad_clip=plain["trainer"]["grad_clip"],
             seed=plain["seed"],
             folder=folder,
@@ -192,6 +193,16 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
     return found
 
 
+def _instantiate(config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+    """Hydra's `instantiate`, letting the errors that a constructor means for the user through as they are."""
+    try:
+        return instantiate(config, *arguments, _convert_="all", **keywords)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, USER_ERRORS):
+            raise error.__cause__ from None
+        raise
+
+
 def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     """Load the data, the backbone and the method of a resolved configuration."""
     data = plain["dataset"]
@@ -200,7 +211,7 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     splits = get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
     backbone = build_backbone(**plain["backbone"], image_size=data["image_size"])
     seed_everything(plain["seed"], "method")
-    method: Method = instantiate(plain["method"], backbone.model, _convert_="all")
+    method: Method = _instantiate(plain["method"], backbone.model)
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
     sequence = TaskSequence(
         splits,

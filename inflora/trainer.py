@@ -102,8 +102,7 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
             CheckpointError: if a checkpoint cannot be written or read.
         """
-        first_stage, inside = self._restore(method)
-        self.trackers.log("run", plan)
+        first_stage, inside = self._restore(method, plan)
         tasks = itertools.islice(sequence, first_stage, None)
         with self._stop_signals(), Display(sequence, self.epochs, self.show_progress and self.fabric.is_global_zero) as display:
             for task in tasks:
@@ -230,7 +229,7 @@ class Trainer:
 
     # ---- checkpoints ----
 
-    def _restore(self, method: Method) -> tuple[int, dict[str, Any] | None]:
+    def _restore(self, method: Method, plan: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
         """Bring the method to where the run stopped; returns the stage, and the position inside it if it had begun training."""
         state = self.checkpoints.latest()
         if state is None:
@@ -238,6 +237,7 @@ class Trainer:
                 self.checkpoints.save_base({"method": method.state_dict()})
             self.fabric.barrier()
             self.trackers.rewind(0)
+            self.trackers.log("run", plan)
             return 0, None
         inside = state["position"] if "epoch" in state["position"] else None
         stage = state["position"]["stage"]
@@ -249,6 +249,8 @@ class Trainer:
         method.load_state_dict(state["method"])
         self.records.load_state_dict(state["records"])
         self.trackers.rewind(state["trackers"])
+        if state["records"]["matrices"].shape[1] < self.records.matrices.shape[1]:  # a finished sequence goes on with further tasks
+            self.trackers.log("run", plan)
         return stage, inside
 
     def _save_inside(self, method: Method, optimizer: Any, task: Task, position: dict[str, Any]) -> None:
