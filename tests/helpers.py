@@ -1,0 +1,109 @@
+"""Compose configurations, run toys, compare run folders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import toy  # noqa: F401  timm knows vit_toy from here on
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from inflora import checkpoint, config, plugins
+from inflora.run import run
+from inflora.trackers import read_matrix
+
+config.register()
+plugins.register()
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
+
+TOY = [
+    "dataset._target_=toy.tiny",
+    "dataset.root=unused",
+    "dataset.num_tasks=3",
+    "dataset.transform=shift_flip",
+    "backbone.name=vit_toy.test",
+    "backbone.pretrained=false",
+    "optimizer.lr=5e-3",
+    "trainer.epochs=2",
+    "trainer.batch_size=8",
+    "trainer.device=cpu",
+    "trainer.progress=false",
+]
+"""Overrides that make any run a toy: 3 tasks of 2 classes, 2 epochs of 2 steps each."""
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """A configuration as the command line composes it."""
+    with initialize_config_dir(str(plugins.own_conf()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def toy_config(folder: Path, *overrides: str) -> DictConfig:
+    """The configuration of a toy run in `folder`; the branches of methods that have some get rank 2."""
+    method = next((text.removeprefix("method=") for text in overrides if text.startswith("method=")), "inflora")
+    has_rank = "rank" in compose_config(f"method={method}").method
+    return compose_config(*TOY, *(["method.rank=2"] if has_rank else []), f"output_dir={folder}", *overrides)
+
+
+def run_toy(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Do, continue or look up a toy run; returns its summary."""
+    return run(toy_config(folder, *overrides))
+
+
+def read_events(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run, all or of one kind, read as strict JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [one for one in events if event in (None, one["event"])]
+
+
+CLOCKS = {"time", "wall_seconds", "images_per_second", "peak_memory_bytes"}
+"""What may differ between two runs of one configuration."""
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Everything a finished run found out, without clocks and memory: equal for equal runs."""
+
+    def timeless(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in CLOCKS}
+
+    last = checkpoint.CheckpointFolder(folder / "checkpoints").latest()
+    assert last is not None
+    return {
+        "matrices": [(folder / name).read_bytes() for name in ("accuracy_matrix.csv", "task_aware_matrix.csv")],
+        "summary": timeless(json.loads((folder / "summary.json").read_text())),
+        "events": [timeless(event) for event in read_events(folder)],
+        "weights": checkpoint.fingerprint(last["method"]),
+    }
+
+
+def num_rows(folder: Path) -> int:
+    """How many tasks the accuracy matrix in a run folder has results for."""
+    return int((~np.isnan(read_matrix(folder / "accuracy_matrix.csv")).all(axis=1)).sum())
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Relative path -> (time of change, content) of every file and folder below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in [folder, *sorted(folder.rglob("*"))]
+    }
+
+
+def train_py(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python train.py` in a process of its own, with the toy world importable."""
+    paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"} | options.pop("env", {})
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=240, env=environment, **options
+    )

@@ -1,0 +1,74 @@
+"""Heads that grow by task."""
+
+import pytest
+import torch
+
+from inflora.classifier import TaskHeads
+
+CPU = torch.device("cpu")
+
+
+def heads_of(*sizes: int) -> TaskHeads:
+    heads = TaskHeads(8)
+    for size in sizes:
+        heads.grow(size, CPU)
+    return heads
+
+
+def test_scores_are_those_of_the_heads_side_by_side():
+    heads = heads_of(3, 1, 2)
+    features = torch.randn(5, 8)
+    scores = heads(features)
+    assert scores.shape == (5, 6)
+    expected = [features @ head.weight.T + head.bias for head in heads.heads]
+    torch.testing.assert_close(scores, torch.cat(expected, 1))
+    assert heads(features[:0]).shape == (0, 6)
+
+
+def test_counts_follow_the_growth():
+    heads = heads_of()
+    assert (len(heads), heads.sizes, heads.num_classes) == (0, [], 0)
+    first = heads.grow(3, CPU)
+    assert heads.current is first
+    second = heads.grow(2, CPU)
+    assert heads.current is second
+    assert (len(heads), heads.sizes, heads.num_classes) == (2, [3, 2], 5)
+
+
+def test_growing_leaves_old_heads_alone():
+    heads = heads_of(3)
+    before = heads.current.weight.clone(), heads.current.bias.clone()
+    features = torch.randn(4, 8)
+    scores = heads(features)
+    heads.grow(2, CPU)
+    assert torch.equal(heads.heads[0].weight, before[0]) and torch.equal(heads.heads[0].bias, before[1])
+    torch.testing.assert_close(heads(features)[:, :3], scores)
+
+
+def test_a_new_head_has_torchs_default_initialisation():
+    torch.manual_seed(0)
+    head = TaskHeads(8).grow(3, CPU)
+    torch.manual_seed(0)
+    default = torch.nn.Linear(8, 3)
+    assert torch.equal(head.weight, default.weight) and torch.equal(head.bias, default.bias)
+
+
+@pytest.mark.parametrize(
+    "old, new, num_kept",
+    [([], [3, 2], 0), ([3], [3, 2], 1), ([3, 2], [3], 1), ([3, 2], [3, 2], 2), ([4], [3, 2], 0), ([3, 2], [], 0), ([3, 2], [3, 4], 0)],
+)
+def test_set_sizes_gives_exactly_these_heads(old, new, num_kept):
+    heads = heads_of(*old)
+    modules = list(heads.heads)
+    heads.set_sizes(new, CPU)
+    assert heads.sizes == new
+    assert [heads.heads[i] is modules[i] for i in range(num_kept)] == [True] * num_kept
+
+
+def test_a_state_fits_after_set_sizes():
+    trained = heads_of(3, 2)
+    fresh = TaskHeads(8)
+    fresh.set_sizes(trained.sizes, CPU)
+    fresh.load_state_dict(trained.state_dict())
+    features = torch.randn(4, 8)
+    assert torch.equal(fresh(features), trained(features))
