@@ -63,7 +63,7 @@ class Parts:
     method: Method
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: launching several processes copies it field by field
 class Origin:
     """Where a configuration came from, for the records.
 
@@ -113,7 +113,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
         print(f"This run is finished: {folder}")
         report.print_table(finished)
         return finished
-    fabric = _make_fabric(plain["trainer"])
+    fabric = make_fabric(plain["trainer"])
     if int(os.environ.get("RANK", 0)) > 0:  # started by torchrun beside the process that owns the folder
         return _launch(fabric, plain, origin)
     try:
@@ -125,7 +125,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
         raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
 
 
-def _make_fabric(trainer: dict[str, Any]) -> Fabric:
+def make_fabric(trainer: dict[str, Any]) -> Fabric:
     """Devices, processes and precision of the run."""
     processes, device = trainer["num_devices"], trainer["device"]
     has_device = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
