@@ -1,0 +1,83 @@
+"""Test a finished run again, without training: `python -m inflora.evaluate RUN_DIR`.
+
+Loads the last checkpoint and the run's own configuration, tests on every task, prints the accuracies beside the recorded ones, and exits
+with 1 if they differ. Nothing in the run folder is changed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from inflora.checkpoint import CheckpointFolder
+from inflora.results import read_summary
+from inflora.run import USER_ERRORS, build, make_fabric
+from inflora.trackers import read_matrix
+from inflora.trainer import evaluate
+
+TOLERANCE = 0.0005
+"""Largest difference in a task's accuracy, as a fraction, that another device or batch size explains: near-ties in the scores."""
+
+
+def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Test the final model of a finished run.
+
+    Args:
+        folder: the run folder.
+        changes: other values for keys of the groups `dataset` and `trainer` that change no result, by dotted name: `dataset.root`, ...
+
+    Returns:
+        (T,) accuracy on each task over all classes as tested now, and as recorded; fractions.
+
+    Raises:
+        ValueError: if the folder holds no finished run.
+    """
+    if read_summary(folder) is None:
+        raise ValueError(f"{folder} holds no finished run (no summary.json); finish it with `python train.py output_dir={folder} ...`")
+    plain = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    for key, value in (changes or {}).items():
+        group, _, name = key.partition(".")
+        plain[group][name] = value
+    fabric = make_fabric(plain["trainer"] | {"num_devices": 1})
+    fabric.launch()
+    parts = build(fabric, plain)
+    state = CheckpointFolder(folder / "checkpoints").latest()
+    if state is None:
+        raise ValueError(f"{folder} has no checkpoint left to test")
+    parts.method.load_state_dict(state["method"])
+    last = parts.sequence[len(parts.sequence) - 1]
+    rates = evaluate(parts.method, parts.sequence.seen(last), parts.sequence.class_to_task, fabric)
+    return rates[0], read_matrix(folder / "accuracy_matrix.csv")[-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m inflora.evaluate", description="Test a finished run again, without training.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
+    parser.add_argument("--root", help="where the images are now, if not where they were (dataset.root)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="other than the run's (trainer.device)")
+    parser.add_argument("--batch-size", type=int, help="other than the run's (trainer.eval_batch_size)")
+    given = parser.parse_args(arguments)
+    keys = {"dataset.root": given.root, "trainer.device": given.device, "trainer.eval_batch_size": given.batch_size}
+    try:
+        now, recorded = evaluate_run(given.run, {key: value for key, value in keys.items() if value is not None})
+    except USER_ERRORS as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    table = Table("task", "now", "recorded")
+    for task, (a, b) in enumerate(zip(now, recorded, strict=True)):
+        table.add_row(str(task), f"{100 * a:.2f}", f"{100 * b:.2f}")
+    Console().print(table)
+    agree = bool(np.abs(now - recorded).max() <= TOLERANCE)
+    print("Same as recorded." if agree else "Not the same as recorded: other images, weights or packages than then.")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
