@@ -41,7 +41,7 @@ MEANINGS = {
     "BWT": "backward transfer: final accuracy on a task minus its accuracy right after learning it; mean over all tasks but the last.",
     "task given": "last accuracy when the task of every image is given (argmax over the classes of that task).",
     "task found": "share of images whose predicted class belongs to the right task, after the last task.",
-    "trained": "parameters trained in the last task.",
+    "trained": "parameters trained at a time (in the task that trains most).",
     "stored": "parameters and statistics kept beside the pretrained backbone at the end.",
     "macro": "mean over tasks instead of over images.",
     "learning": "mean accuracy on each task right after learning it.",
