@@ -13,7 +13,7 @@ from inflora.data import tasks
 from inflora.data.cache import FixedImages, ImageStore, VariableImages
 from inflora.data.datasets import ImageSet, Splits, hash_paths
 from inflora.data.tasks import Batches, Loading, TaskSequence, parse_class_order, split_task_sizes
-from inflora.data.transforms import Transform, build_transforms
+from inflora.data.transforms import build_transforms
 
 LOADING = Loading(device=torch.device("cpu"), batch_size=5, eval_batch_size=7, seed=0, num_workers=2)
 
@@ -333,13 +333,10 @@ def test_leaving_a_pass_early_and_starting_again(monkeypatch: pytest.MonkeyPatch
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
 
 
-class TrueCorner(Transform):
-    """The first and the last pixel of each image, found through its true size, plus its draw."""
+class TrueCorner:
+    """Stands in for a transform: the first pixel of each image plus its draw, and the last one, found through its true size."""
 
     num_draws = 1
-
-    def pixels(self, images: Tensor, sizes: Tensor | None, uniforms: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def __call__(self, images: Tensor, sizes: Tensor | None, uniforms: Tensor | None) -> Tensor:
         assert sizes is not None and uniforms is not None
@@ -350,7 +347,7 @@ class TrueCorner(Transform):
 @pytest.mark.parametrize("chunk_bytes", [1, 700, 2**26])
 def test_images_of_different_sizes_keep_their_order_and_draws(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = toy_splits(size=None)
-    transforms = (TrueCorner(2), build_transforms("inflora", 8)[1])
+    transforms = (TrueCorner(), build_transforms("inflora", 8)[1])
     monkeypatch.setattr(tasks, "CHUNK_BYTES", 2**30)
     whole = collect(sequence(splits, transforms=transforms)[0].batches("train", stream="fit"))
     monkeypatch.setattr(tasks, "CHUNK_BYTES", chunk_bytes)

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -224,7 +225,7 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     num_threads = min(16, os.cpu_count() or 1)
     sizes: list[tuple[int, int]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task(f"decoding {source.location.name}", total=len(source.paths))
         for images in map_ahead(lambda paths: [_decode_one(source, path) for path in paths], chunks, num_threads, 2 * num_threads):
             for image in images:

@@ -277,16 +277,15 @@ def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, l
             )
         try:  # with the C parser where there is one: 0.4 s for the published lists
             content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            listed = ["/".join(entry.split("/")[-2:]) for entry in content["data"]]
-            targets = torch.tensor(content["targets"])
-        except (yaml.YAMLError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no list file: it needs `data`, a list of paths, and `targets`, a list of labels") from error
+            listed = {"/".join(path.split("/")[-2:]): int(label) for path, label in zip(content["data"], content["targets"], strict=True)}
+        except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no list file: it needs `data`, a list of paths, and `targets`, a label for each") from error
         missing = [name for name in listed if name not in row_of]
         if missing:
             raise ValueError(f"{path} lists {len(missing)} images that are not in dataset.root, {missing[0]} for one")
         rows = torch.tensor([row_of[name] for name in listed])
-        labels[rows] = targets
-        wnids.update({label: name.split("/")[0] for name, label in zip(listed, targets.tolist(), strict=True)})
+        labels[rows] = torch.tensor(list(listed.values()))
+        wnids.update({label: name.split("/")[0] for name, label in listed.items()})
         both.append(rows)
     if sorted(wnids) != list(range(len(wnids))):
         raise ValueError(f"the targets of the imagenet-r list files in {folder} are not numbered 0..{len(wnids) - 1}")

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import queue
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ def download(url: str, path: Path, md5: str) -> None:
     checksum = hashlib.md5(usedforsecurity=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:
-        with open(partial, "wb") as file, Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        with (
+            open(partial, "wb") as file,
+            Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
+        ):
             bar = progress.add_task(f"downloading {path.name}", total=None)
             for total, block in itertools.chain([first], arriving):
                 checksum.update(block)

@@ -1,0 +1,217 @@
+"""Stores of decoded images, and the cache on disk."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from inflora.data import cache
+from inflora.data.cache import FixedImages, ImageStore, Rows, VariableImages, cache_folder, decoded, map_ahead
+from inflora.data.sources import FolderSource
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("INFLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(folder: Path, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """Random images of these heights and widths as PNG files below folder/class; returns their pixels (H, W, 3)."""
+    (folder / "class").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "class" / f"{number:03d}.png")
+    return pixels
+
+
+def load(folder: Path) -> ImageStore:
+    return decoded(FolderSource(folder, ["class"]), "toy")
+
+
+def assert_holds(store: ImageStore, pixels: list[np.ndarray]) -> None:
+    assert len(store) == len(pixels)
+    assert store.nbytes == sum(image.size for image in pixels)
+    rows = torch.arange(len(pixels)).flip(0)
+    images, sizes = store.fetch(rows)
+    assert images.dtype == torch.uint8
+    for number, row in enumerate(rows.tolist()):
+        height, width = pixels[row].shape[:2]
+        if sizes is not None:
+            assert sizes[number].tolist() == [height, width] and store.sizes is not None
+            assert store.sizes[row].tolist() == [height, width]
+        assert np.array_equal(images[number, :, :height, :width].permute(1, 2, 0).numpy(), pixels[row])
+        assert int(images[number, :, height:].sum()) + int(images[number, :, :, width:].sum()) == 0, "padding is zero"
+
+
+ONE_SIZE = [(5, 4)] * 70
+MANY_SIZES = [(5, 4), (3, 9), (1, 1), (8, 2)] * 20
+
+
+@pytest.mark.parametrize("sizes", [ONE_SIZE, MANY_SIZES], ids=["one size", "many sizes"])
+def test_decoded_once(sizes: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = write(tmp_path / "images", sizes)
+    store = load(tmp_path / "images")
+    assert isinstance(store, FixedImages if sizes is ONE_SIZE else VariableImages)
+    assert_holds(store, pixels)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("decoded a second time")
+
+    monkeypatch.setattr(cache, "_decode_one", refuse)
+    assert_holds(load(tmp_path / "images"), pixels)
+
+
+def test_changed_source_is_decoded_anew_and_the_old_copy_dropped(tmp_path: Path, own_cache: Path) -> None:
+    write(tmp_path / "images", ONE_SIZE[:2])
+    load(tmp_path / "images")
+    pixels = write(tmp_path / "images", ONE_SIZE[:3])
+    assert_holds(load(tmp_path / "images"), pixels)
+    assert len(list(own_cache.iterdir())) == 1
+    write(tmp_path / "elsewhere", ONE_SIZE[:2])
+    load(tmp_path / "elsewhere")
+    assert len(list(own_cache.iterdir())) == 2, "another source's copy stays"
+
+
+@pytest.mark.parametrize("damage", ["shorten", "no sizes", "garbage"])
+def test_damaged_entry_is_decoded_anew(damage: str, tmp_path: Path, own_cache: Path) -> None:
+    pixels = write(tmp_path / "images", ONE_SIZE[:3])
+    load(tmp_path / "images")
+    (entry,) = own_cache.iterdir()
+    if damage == "shorten":
+        os.truncate(entry / "pixels.bin", 10)
+    elif damage == "no sizes":
+        (entry / "sizes.npy").unlink()
+    else:
+        (entry / "sizes.npy").write_bytes(b"garbage")
+    assert_holds(load(tmp_path / "images"), pixels)
+    assert [path.name for path in own_cache.iterdir()] == [entry.name]
+
+
+def test_two_processes_decoding_at_once(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = write(tmp_path / "images", ONE_SIZE[:3])
+    decode = cache._decode
+
+    def slower(source: FolderSource, file: object) -> np.ndarray:
+        monkeypatch.setattr(cache, "_decode", decode)
+        load(tmp_path / "images")  # the other process finishes first
+        return decode(source, file)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cache, "_decode", slower)
+    assert_holds(load(tmp_path / "images"), pixels)
+    assert len(list(own_cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("sizes", [ONE_SIZE, MANY_SIZES], ids=["one size", "many sizes"])
+def test_cache_that_cannot_be_written(
+    sizes: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = write(tmp_path / "images", sizes)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("INFLORA_CACHE", str(tmp_path / "file" / "cache"))
+    assert_holds(load(tmp_path / "images"), pixels)
+    assert "decoding into memory for this run; set INFLORA_CACHE to a writable folder" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a disk that is always full")
+def test_full_disk(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "images", ONE_SIZE[:3])
+    decode = cache._decode
+
+    def full(source: FolderSource, file: object) -> np.ndarray:
+        with open("/dev/full", "wb") as disk:
+            return decode(source, disk)
+
+    monkeypatch.setattr(cache, "_decode", full)
+    with pytest.raises(OSError, match=r"the disk of the image cache .*cache is full: free some space there, or set INFLORA_CACHE"):
+        load(tmp_path / "images")
+    assert list(own_cache.iterdir()) == [], "nothing incomplete is left"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_image_is_named(damage: str, suffix: str, tmp_path: Path, own_cache: Path) -> None:
+    write(tmp_path / "images", ONE_SIZE[:3])
+    path = tmp_path / "images" / "class" / f"001_bad.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(
+        ValueError, match=rf"^image class/001_bad\.{suffix} in .*images cannot be decoded \(.+\); replace or remove it"
+    ) as caught:
+        load(tmp_path / "images")
+    assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
+    assert list(own_cache.iterdir()) == [], "nothing incomplete is left"
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "CMYK"])
+def test_every_kind_of_image_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    image = Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode)
+    image.save(tmp_path / "images" / "class" / ("0.tif" if mode == "CMYK" else "0.png"))
+    images, _ = load(tmp_path / "images").fetch(torch.tensor([0]))
+    assert images.shape == (1, 3, 3, 4) and int(images.min()) == 255
+
+
+def test_rows_are_a_view(tmp_path: Path) -> None:
+    for sizes in (ONE_SIZE, MANY_SIZES):
+        pixels = write(tmp_path / str(len(sizes)), sizes)
+        rows = [7, 3, 11]
+        assert_holds(Rows(load(tmp_path / str(len(sizes))), torch.tensor(rows)), [pixels[row] for row in rows])
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("INFLORA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "inflora"
+
+
+def test_map_ahead_keeps_the_order_and_its_distance() -> None:
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        time.sleep(0.002 if item % 3 == 0 else 0)
+        return item * item
+
+    results = map_ahead(work, range(30), num_threads=4, ahead=5)
+    for item, result in enumerate(results):
+        assert result == item * item
+        assert max(started) <= item + 5
+    assert sorted(started) == list(range(30))
+
+
+def test_map_ahead_stops_when_left() -> None:
+    release = threading.Event()
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        if item:
+            release.wait(5)
+        return item
+
+    results = map_ahead(work, range(100), num_threads=1, ahead=8)
+    assert next(results) == 0
+    release.set()
+    results.close()  # type: ignore[attr-defined]
+    assert len(started) < 12
+
+
+def test_map_ahead_passes_errors_on() -> None:
+    def work(item: int) -> int:
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    results = map_ahead(work, range(10), num_threads=2, ahead=4)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)

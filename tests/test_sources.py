@@ -1,0 +1,110 @@
+"""Where images are looked for, in folders, zips and tars."""
+
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from inflora.data.sources import Source, find_source
+
+
+def write(folder: Path, *paths: str) -> Path:
+    for number, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 2), (number, 0, 0)).save(folder / path)
+    return folder
+
+
+def pack(folder: Path, archive: Path, lead: str = "") -> Path:
+    """A zip or tar of a folder's content, below the leading folder `lead`."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as out:
+            for path in sorted(folder.rglob("*")):
+                out.write(path, f"{lead}{path.relative_to(folder)}")
+    else:
+        with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as out:
+            out.add(folder, lead or ".")
+    return archive
+
+
+def two_folders(folders: set[str]) -> list[str]:
+    return sorted({"a", "b"} & folders) if {"a", "b"} <= folders else []
+
+
+def find(root: Path, name: str = "toy") -> Source:
+    source = find_source(root, name, two_folders)
+    assert source is not None
+    return source
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["root", "root/Toy-Set", "root/x_toy.zip", "root/anything.zip", "root/toy.tar", "root/anything.tar"],
+)
+@pytest.mark.parametrize("lead", ["", "lead/"])
+def test_places_that_are_looked_at(place: str, lead: str, tmp_path: Path) -> None:
+    images = write(tmp_path / "images", "a/10.png", "a/9.png", "b/x.JPG", "b/deep/z.png", "b/notes.png/y.bmp", "c/other.png")
+    (images / "a" / "notes.txt").write_text("no image")
+    write(images, ".hidden/a.png", "a/._9.png", "a/.thumbs/9.png", "__MACOSX/a/9.png")
+    location = tmp_path / place
+    if location.suffix:
+        pack(images, location, lead)
+    else:
+        location.parent.mkdir(exist_ok=True)
+        images.rename(location)
+    (tmp_path / "root" / "unrelated").mkdir(exist_ok=True)
+    source = find(tmp_path / "root")
+    assert source.location == location
+    assert source.paths == ["a/10.png", "a/9.png", "b/x.JPG", "b/deep/z.png", "b/notes.png/y.bmp"]
+    assert source.read("a/9.png")[:4] == b"\x89PNG" and source.read("a/9.png") != source.read("a/10.png")
+    assert find(location).paths == source.paths, "the place itself may be the root"
+
+
+def test_what_is_called_right_comes_before_the_only_one(tmp_path: Path) -> None:
+    images = write(tmp_path / "images", "a/1.png", "b/1.png")
+    pack(images, tmp_path / "root" / "other.zip")
+    assert find(tmp_path / "root").location.name == "other.zip"
+    pack(images, tmp_path / "root" / "the-toy.zip")
+    assert find(tmp_path / "root").location.name == "the-toy.zip"
+    (tmp_path / "root" / "the-toy.zip").rename(tmp_path / "root" / "third.zip")
+    assert find_source(tmp_path / "root", "toy", two_folders) is None, "two archives, neither called so"
+
+
+def test_an_only_folder_of_another_name_is_looked_into_only_without_a_name(tmp_path: Path) -> None:
+    write(tmp_path / "flowers", "a/1.png", "b/1.png")
+    assert find_source(tmp_path, "toy", two_folders) is None
+    assert find(tmp_path, "").location == tmp_path / "flowers"
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert find_source(tmp_path / "missing", "toy", two_folders) is None
+    assert find_source(tmp_path, "toy", two_folders) is None
+
+
+def test_fingerprint_follows_the_files(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.png", "b/1.png")
+    before = find(tmp_path)
+    assert find(tmp_path).fingerprint == before.fingerprint
+    os.utime(tmp_path / "a/1.png", (1, 1))
+    touched = find(tmp_path)
+    write(tmp_path, "a/2.png")
+    added = find(tmp_path)
+    assert len({before.fingerprint, touched.fingerprint, added.fingerprint}) == 3
+    assert before.identity == touched.identity == added.identity
+
+
+@pytest.mark.parametrize("name", ["toy.zip", "toy.tar"])
+def test_broken_archive(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"not an archive at all" * 50)
+    with pytest.raises(ValueError, match=rf"{name} is not a readable zip or uncompressed tar file .*; replace it, or set dataset.root"):
+        find(tmp_path)
+
+
+def test_compressed_tar_is_refused(tmp_path: Path) -> None:
+    archive = pack(write(tmp_path / "images", "a/1.png", "b/1.png"), tmp_path / "toy.tar.gz")
+    with pytest.raises(ValueError, match=r"toy\.tar\.gz is not a readable zip or uncompressed tar file"):
+        find(archive)
