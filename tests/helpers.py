@@ -1,5 +1,7 @@
 """Compose configurations, run toys, compare run folders."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -40,6 +42,11 @@ TOY = [
 
 def compose_config(*overrides: str) -> DictConfig:
     """A configuration as the command line composes it."""
+    return copy.deepcopy(_compose(overrides))
+
+
+@functools.cache
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(plugins.own_conf()), version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
