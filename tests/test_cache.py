@@ -35,6 +35,10 @@ def load(folder: Path) -> ImageStore:
     return decoded(FolderSource(folder, ["class"]), "toy")
 
 
+def entries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix != ".lock"]
+
+
 def assert_holds(store: ImageStore, pixels: list[np.ndarray]) -> None:
     assert len(store) == len(pixels)
     assert store.nbytes == sum(image.size for image in pixels)
@@ -73,17 +77,17 @@ def test_changed_source_is_decoded_anew_and_the_old_copy_dropped(tmp_path: Path,
     load(tmp_path / "images")
     pixels = write(tmp_path / "images", ONE_SIZE[:3])
     assert_holds(load(tmp_path / "images"), pixels)
-    assert len(list(own_cache.iterdir())) == 1
+    assert len(entries(own_cache)) == 1
     write(tmp_path / "elsewhere", ONE_SIZE[:2])
     load(tmp_path / "elsewhere")
-    assert len(list(own_cache.iterdir())) == 2, "another source's copy stays"
+    assert len(entries(own_cache)) == 2, "another source's copy stays"
 
 
 @pytest.mark.parametrize("damage", ["shorten", "no sizes", "garbage"])
 def test_damaged_entry_is_decoded_anew(damage: str, tmp_path: Path, own_cache: Path) -> None:
     pixels = write(tmp_path / "images", ONE_SIZE[:3])
     load(tmp_path / "images")
-    (entry,) = own_cache.iterdir()
+    (entry,) = entries(own_cache)
     if damage == "shorten":
         os.truncate(entry / "pixels.bin", 10)
     elif damage == "no sizes":
@@ -91,21 +95,32 @@ def test_damaged_entry_is_decoded_anew(damage: str, tmp_path: Path, own_cache: P
     else:
         (entry / "sizes.npy").write_bytes(b"garbage")
     assert_holds(load(tmp_path / "images"), pixels)
-    assert [path.name for path in own_cache.iterdir()] == [entry.name]
+    assert entries(own_cache) == [entry]
 
 
-def test_two_processes_decoding_at_once(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_decodes_while_the_others_wait(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = write(tmp_path / "images", ONE_SIZE[:3])
-    decode = cache._decode
+    decode, decoded_paths = cache._decode_one, []
 
-    def slower(source: FolderSource, file: object) -> np.ndarray:
-        monkeypatch.setattr(cache, "_decode", decode)
-        load(tmp_path / "images")  # the other process finishes first
-        return decode(source, file)  # type: ignore[arg-type]
+    def slowly(source: FolderSource, path: str) -> np.ndarray:
+        decoded_paths.append(path)
+        time.sleep(0.05)
+        return decode(source, path)
 
-    monkeypatch.setattr(cache, "_decode", slower)
+    monkeypatch.setattr(cache, "_decode_one", slowly)
+    for store in map_ahead(lambda _: load(tmp_path / "images"), range(3), num_threads=3, ahead=3):
+        assert_holds(store, pixels)
+    assert len(decoded_paths) == 3
+    assert len(entries(own_cache)) == 1
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path, own_cache: Path) -> None:
+    pixels = write(tmp_path / "images", ONE_SIZE[:3])
+    load(tmp_path / "images")
+    (entry,) = entries(own_cache)
+    entry.rename(own_cache / f".{entry.name.rpartition('-')[0]}.partial")
     assert_holds(load(tmp_path / "images"), pixels)
-    assert len(list(own_cache.iterdir())) == 1
+    assert entries(own_cache) == [entry] and not list(own_cache.glob("*.partial"))
 
 
 @pytest.mark.parametrize("sizes", [ONE_SIZE, MANY_SIZES], ids=["one size", "many sizes"])
@@ -131,7 +146,7 @@ def test_full_disk(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cache, "_decode", full)
     with pytest.raises(OSError, match=r"the disk of the image cache .*cache is full: free some space there, or set INFLORA_CACHE"):
         load(tmp_path / "images")
-    assert list(own_cache.iterdir()) == [], "nothing incomplete is left"
+    assert entries(own_cache) == [], "nothing incomplete is left"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -147,7 +162,7 @@ def test_damaged_image_is_named(damage: str, suffix: str, tmp_path: Path, own_ca
     ) as caught:
         load(tmp_path / "images")
     assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
-    assert list(own_cache.iterdir()) == [], "nothing incomplete is left"
+    assert entries(own_cache) == [], "nothing incomplete is left"
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA", "CMYK"])

@@ -1,6 +1,8 @@
 """Every data set in every layout, built from tiny images; the real ones where $INFLORA_TEST_DATA points to them."""
 
+import dataclasses
 import hashlib
+import inspect
 import os
 import pickle
 import shutil
@@ -18,9 +20,11 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from inflora.config import DatasetConfig
 from inflora.data import cache, datasets
 from inflora.data.datasets import Splits, cifar100, digits, hash_paths, imagefolder, imagenet_r
 from inflora.data.tasks import split_task_sizes
+from inflora.data.transforms import build_transforms
 
 WNIDS = ["n01443537", "n02165456", "n03594945"]
 CLASSES = ["apple", "bear", "chair"]
@@ -202,6 +206,13 @@ def test_images_of_another_size_keep_their_names(tmp_path: Path) -> None:
     assert splits.train.paths[:2] == ["train/apple/0.png", "train/apple/1.png"]
 
 
+def test_incomplete_folder_of_torchvision(tmp_path: Path) -> None:
+    folder = torchvision_layout(tmp_path / "data", write_toy(tmp_path / "toy"))
+    (folder / "meta").unlink()
+    with pytest.raises(ValueError, match=r"cifar-100-python is incomplete \(it needs the files train, test, meta\); remove it"):
+        cifar100(tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(pickle.dumps({"data": os.system}), "it holds posix.system, which is no data"), (b"\x80\x05\x95\xff", "truncated"), (b"", "Ran out")],
@@ -210,7 +221,7 @@ def test_pickles_that_are_no_data_are_refused(content: bytes, reason: str, tmp_p
     folder = torchvision_layout(tmp_path / "data", write_toy(tmp_path / "toy"))
     (folder / "train").write_bytes(content)
     with pytest.raises(
-        ValueError, match=rf"cifar-100-python/train is damaged \(.*{reason}.*\); delete .* to download it again, or replace it"
+        ValueError, match=rf"cifar-100-python/train is damaged \(.*{reason}.*\); remove .* to download it again, or replace it"
     ):
         cifar100(tmp_path / "data")
 
@@ -218,7 +229,7 @@ def test_pickles_that_are_no_data_are_refused(content: bytes, reason: str, tmp_p
 def test_truncated_tar_is_refused(tmp_path: Path) -> None:
     root = cifar_layout("tar.gz", tmp_path / "data", write_toy(tmp_path / "toy"))
     os.truncate(root / "cifar-100-python.tar.gz", 2000)
-    with pytest.raises(ValueError, match=r"cifar-100-python.tar.gz cannot be unpacked \(.*\); delete it to download it again"):
+    with pytest.raises(ValueError, match=r"cifar-100-python.tar.gz cannot be unpacked \(.*\); remove it to download it again"):
         cifar100(root)
     assert [path.name for path in root.iterdir()] == ["cifar-100-python.tar.gz"]
 
@@ -485,6 +496,26 @@ def test_missing_root_and_unknown_split_of_own_folders(tmp_path: Path) -> None:
         imagefolder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"dataset.split=half is unknown; choose stratified:<seed>, or null"):
         imagefolder(tmp_path, split="half")
+
+
+# --------------------------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "conf" / "dataset").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_name_what_exists(path: Path) -> None:
+    first, second, *_ = path.read_text().splitlines()
+    assert first == "# @package _global_" and second.startswith("# "), "the second line is shown by --help"
+    keys = yaml.safe_load(path.read_text())["dataset"]
+    assert set(keys) == {field.name for field in dataclasses.fields(DatasetConfig)}
+    module, _, function = keys["_target_"].rpartition(".")
+    assert module == "inflora.data.datasets"
+    assert set(inspect.signature(getattr(datasets, function)).parameters) == {"root", "split"} | set(keys["options"])
+    build_transforms(keys["transform"], 32)
+    num_classes = {"digits": 10, "cifar100": 100, "imagenet_r": 200}.get(function, 20)
+    assert len(set(split_task_sizes(num_classes, keys["num_tasks"], keys["task_sizes"]))) == 1
+    assert keys["class_order"] == "natural" and keys["validation_fraction"] == 0 and keys["image_size"] is None
+    if function in ("cifar100", "imagenet_r"):
+        assert path.stem == f"{function}_{keys['num_tasks']}task" and keys["normalize"] == "none"
 
 
 # ------------------------------------------------------------------------------------------------------------------------- real data

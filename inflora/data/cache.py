@@ -2,7 +2,7 @@
 
 One folder per source of images holds `pixels.bin`, the images' uint8 values one after the other, each as (3, H, W), and `sizes.npy`, their
 (N, 2) heights and widths. The folder's name ends in a fingerprint of the files (paths, sizes, times of change), so a changed source is
-decoded anew. It appears by one rename, when complete.
+decoded anew. It appears by one rename, when complete; a lock lets one process decode while the others wait.
 """
 
 import errno
@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -158,23 +158,42 @@ def decoded(source: Source, name: str) -> ImageStore:
         ValueError: if a file is not a readable image; the message names it.
         OSError: if the disk is full.
     """
-    entry = cache_folder() / f"{name}-{source.identity[:12]}-{source.fingerprint[:12]}"
-    store = _open_entry(entry)
-    if store is not None:
+    prefix = f"{name}-{source.identity[:12]}"
+    entry = cache_folder() / f"{prefix}-{source.fingerprint[:12]}"
+    if (store := _open_entry(entry)) is not None:
         return store
+    lock = FileLock(entry.parent / f".{prefix}.lock")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+        lock.acquire()
     except OSError as error:
         log.warning("cannot write the image cache (%s): decoding into memory for this run; set INFLORA_CACHE to a writable folder", error)
         memory = io.BytesIO()
         sizes = _decode(source, memory)
         return _store(np.frombuffer(memory.getbuffer(), np.uint8), sizes)
+    with lock:
+        if (store := _open_entry(entry)) is not None:  # another process was faster
+            return store
+        # What a killed process left is overwritten: the name is always the same, and the lock died with it.
+        _fill(entry, source, entry.parent / f".{prefix}.partial")
+        for old in entry.parent.glob(f"{prefix}-*"):  # earlier states of the same source
+            if old != entry:
+                shutil.rmtree(old, ignore_errors=True)
+    store = _open_entry(entry)
+    assert store is not None
+    return store
+
+
+def _fill(entry: Path, source: Source, partial: Path) -> None:
+    """Decode into the folder `partial`, which becomes the cache entry."""
+    shutil.rmtree(entry, ignore_errors=True)  # damaged, if it is there
+    shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir()
         with open(partial / "pixels.bin", "wb") as file:
             sizes = _decode(source, file)
         np.save(partial / "sizes.npy", sizes)
-        _publish(partial, entry)
+        partial.rename(entry)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -183,22 +202,6 @@ def decoded(source: Source, name: str) -> ImageStore:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    store = _open_entry(entry)
-    assert store is not None
-    return store
-
-
-def _publish(partial: Path, entry: Path) -> None:
-    """Give a complete cache entry its name, and drop the entries of earlier states of the same source."""
-    try:
-        partial.rename(entry)
-    except OSError:
-        if _open_entry(entry) is None:  # else another process was faster, with the same images
-            shutil.rmtree(entry, ignore_errors=True)  # damaged
-            partial.rename(entry)
-    for old in entry.parent.glob(f"{entry.name.rpartition('-')[0]}-*"):
-        if old != entry:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _open_entry(entry: Path) -> ImageStore | None:

@@ -120,11 +120,21 @@ def cifar100(root: Path, *, split: str | None = None) -> Splits:
 
 def _cifar100_folder(root: Path) -> Path | None:
     """The unpacked folder in torchvision's layout, unpacking its archive first where only that is there."""
-    for folder in (root / CIFAR100.base_folder, root):
-        if all((folder / name).is_file() for name in ("train", "test", "meta")):
-            return folder
+    folder = root / CIFAR100.base_folder
+    for place in (folder, root):
+        if _is_cifar100(place):
+            return place
+    if any((folder / name).is_file() for name in _CIFAR100_FILES):
+        raise ValueError(f"{folder} is incomplete (it needs the files {', '.join(_CIFAR100_FILES)}); remove it, and it is unpacked again")
     archive = root if root.name == CIFAR100.filename else root / CIFAR100.filename
     return _unpack_cifar100(archive) if archive.is_file() else None
+
+
+_CIFAR100_FILES = ("train", "test", "meta")
+
+
+def _is_cifar100(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _CIFAR100_FILES)
 
 
 def _unpack_cifar100(archive: Path) -> Path:
@@ -135,8 +145,8 @@ def _unpack_cifar100(archive: Path) -> Path:
             tar.extractall(partial, filter="data")
         (partial / CIFAR100.base_folder).rename(folder)
     except (tarfile.TarError, OSError, EOFError) as error:
-        if not folder.is_dir():  # else another process was faster
-            raise ValueError(f"{archive} cannot be unpacked ({error}); delete it to download it again, or replace it") from error
+        if not _is_cifar100(folder):  # else another process was faster
+            raise ValueError(f"{archive} cannot be unpacked ({error}); remove it to download it again, or replace it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -172,7 +182,7 @@ def _read_cifar100(folder: Path) -> Splits:
                 content = _ArrayUnpickler(file, encoding="latin1").load()
             return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
         except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise ValueError(f"{folder / name} is damaged ({error}); delete {folder} to download it again, or replace it") from error
+            raise ValueError(f"{folder / name} is damaged ({error}); remove {folder} to download it again, or replace it") from error
 
     def image_set(name: str) -> ImageSet:
         content = load(name)
