@@ -72,21 +72,27 @@ class LowRankLinear(nn.Linear):
         rows_of_a_slice = self.rows[0].stop - self.rows[0].start
         self.lora_B = nn.Parameter(self.weight.new_zeros(len(self.rows), rows_of_a_slice, rank))
 
-        # What one skinny product covers: (output rows, which slices). Adjacent slices that share lora_A are one, as k and v of ViT's qkv.
-        is_one_run = all(a.stop == b.start for a, b in zip(self.rows, self.rows[1:], strict=False))
-        if share_A and is_one_run:
-            self._runs = [(slice(self.rows[0].start, self.rows[-1].stop), slice(0, len(self.rows)))]
-        else:
-            self._runs = [(rows, slice(i, i + 1)) for i, rows in enumerate(self.rows)]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The branch as one pair of matrices (out, columns) and (columns, in), whose product is the change of `weight`.
+
+        `columns` is the rank, or slices * rank if each slice has its own `lora_A`; rows outside the slices are zero. Differentiable.
+        """
+        lora_A = self.lora_A.flatten(0, -2)
+        lora_B = self.lora_B.new_zeros(self.out_features, len(lora_A))
+        for index, rows in enumerate(self.rows):
+            columns = slice(None) if self.share_A else slice(index * self.rank, (index + 1) * self.rank)
+            lora_B[rows, columns] = self.lora_B[index]
+        return lora_B, lora_A
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        output = F.linear(input, self.weight, self.bias)
-        reduced = F.linear(input, self.lora_A.flatten(0, -2))  # (..., rank), or (..., slices * rank)
-        for rows, slices in self._runs:
-            own = reduced if self.share_A else reduced[..., slices.start * self.rank : slices.stop * self.rank]
-            output[..., rows].add_(F.linear(own, self.lora_B[slices].flatten(0, 1)))
-        return output
+        lora_B, lora_A = self.factors()
+        tokens = input.reshape(-1, self.in_features)
+        output = F.linear(tokens, self.weight, self.bias)
+        # In place on a whole matrix: neither pass then needs another tensor as large as the output, as adding to its slices would.
+        # The zero rows of lora_B cost less than that. Autocast leaves in-place products alone, hence the cast.
+        output.addmm_(F.linear(tokens, lora_A), lora_B.to(output.dtype).mT)
+        return output.view(*input.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def set_lora_A(self, lora_A: Tensor) -> None:
@@ -174,7 +180,8 @@ def branches(model: nn.Module) -> dict[str, LowRankLinear]:
 
 def delta_weight(module: LowRankLinear) -> Tensor:
     """lora_B lora_A as a dense (out, in) matrix, zero outside the branch's rows. Differentiable in both factors."""
-    return _dense_delta(module, module.lora_A, module.lora_B)
+    lora_B, lora_A = module.factors()
+    return lora_B @ lora_A
 
 
 @torch.no_grad()
@@ -184,8 +191,8 @@ def effective_weight(module: nn.Linear) -> Tensor:
         return module.weight.clone()
     # In float64 with one rounding at the end: folding many tasks must not pile up error. Some devices have no float64.
     device = "cpu" if module.weight.device.type == "mps" else module.weight.device
-    weight, lora_A, lora_B = (tensor.to(device).double() for tensor in (module.weight, module.lora_A, module.lora_B))
-    return (weight + _dense_delta(module, lora_A, lora_B)).to(module.weight)
+    weight, lora_B, lora_A = (tensor.to(device).double() for tensor in (module.weight, *module.factors()))
+    return (weight + lora_B @ lora_A).to(module.weight)
 
 
 @torch.no_grad()
@@ -233,13 +240,6 @@ def _check_rank(rank: int, in_features: int) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _dense_delta(module: LowRankLinear, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    delta = lora_B.new_zeros(module.out_features, module.in_features)
-    for rows, part in zip(module.rows, lora_B @ lora_A, strict=True):
-        delta[rows] = part
-    return delta
 
 
 def _checked_rows(rows: Sequence[slice] | None, out_features: int) -> tuple[slice, ...]:

@@ -293,6 +293,41 @@ def test_what_lies_in_the_protected_space_adds_nothing() -> None:
         assert memory.dimension == 3
 
 
+@pytest.mark.parametrize("kind", ["remove", "retain"])
+def test_an_update_that_adds_nothing_leaves_the_very_same_basis(kind: str) -> None:
+    memory = remembering(torch.linalg.qr(second_moment(1, 8)).Q[:, :4], kind)
+    before = memory.basis.clone()
+    memory.update(second_moment(2, 8), 0.0)
+    assert torch.equal(memory.basis, before)
+
+
+def test_earlier_directions_stay_the_first_columns() -> None:
+    memory = DualGPM(10, dual=False)
+    for task in range(3):
+        before = memory.basis.clone()
+        memory.update(second_moment(task, 10), 0.8)
+        assert torch.allclose(memory.basis[:, : before.shape[1]], before, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["remove", "retain"])
+def test_rounding_in_a_basis_does_not_survive_an_update(kind: str) -> None:
+    columns = torch.linalg.qr(second_moment(1, 12)).Q[:, :4]
+    memory = remembering(columns if kind == "remove" else torch.linalg.qr(columns, mode="complete").Q[:, 4:], kind, dual=False)
+    memory.basis = memory.basis.float().double()
+    memory.update(second_moment(2, 12), 0.999)
+    gram = memory.basis.mT @ memory.basis
+    assert torch.allclose(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-14)
+
+
+def test_both_triangles_of_a_covariance_count_alike() -> None:
+    C = second_moment(0, 8)
+    C[0, 5] += 1e-2
+    memories = [DualGPM(8) for _ in range(3)]
+    for memory, given_covariance in zip(memories, (C, C.mT, (C + C.mT) / 2), strict=True):
+        memory.update(given_covariance, 0.7)
+        assert torch.allclose(protected(memory), protected(memories[0]), atol=1e-12)
+
+
 def test_full_memory_stays_as_it_is() -> None:
     for memory in (remembering(torch.eye(5), "remove", dual=False), remembering(torch.zeros(5, 0), "retain")):
         memory.update(second_moment(0, 5), 1.0)
