@@ -116,8 +116,8 @@ class Job:
 
 
 def applied_files(hydra_config: Any) -> Iterator[str]:
-    """The recipe and tuning files that the choices brought in, as `recipe/cifar100_10task_inflora`."""
-    for group in ("recipe", "tuning"):
+    """The recipe, inputs and tuning files that the choices brought in, as `recipe/cifar100_10task_inflora`."""
+    for group in ("recipe", "inputs", "tuning"):
         choice = hydra_config.runtime.choices.get(group)
         if choice in plugins.choices(group):
             yield f"{group}/{choice}"
