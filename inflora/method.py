@@ -34,6 +34,7 @@ class Method(nn.Module):
 
     Attributes:
         backbone: a timm vision transformer without classification head; `backbone(x)` is the class token after the final norm.
+        num_pretrained: numbers in the backbone as it came, before a method adds anything to it.
         heads: the classification heads, one per task.
         task: the stage being trained; set by the trainer before `begin_task`, and again when a run is resumed inside a stage.
         sample_ids: (b,) positions, within the task's training images, of the batch given to `loss`; set by the trainer.
@@ -48,6 +49,7 @@ class Method(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self.num_pretrained = sum(value.numel() for value in backbone.state_dict().values())
         self.heads = TaskHeads(int(backbone.num_features))  # type: ignore[arg-type]
         self._hits: list[Tensor] = []
         self._answers = 0

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inflora import __version__
 from inflora.backbone import Backbone
 from inflora.data.tasks import TaskSequence
+from inflora.method import Method
 from inflora.metrics import summarize
 
 WALL_PARTS = ("subspace", "train", "evaluate")
@@ -79,11 +80,9 @@ class Records:
 
 
 def summary(
-    config: dict[str, Any], choices: dict[str, str], backbone: Backbone, sequence: TaskSequence, method: nn.Module, records: Records
+    config: dict[str, Any], choices: dict[str, str], backbone: Backbone, sequence: TaskSequence, method: Method, records: Records
 ) -> dict[str, Any]:
     """The content of `summary.json`, percent where it is an accuracy."""
-    state = method.state_dict()
-    num_backbone = sum(value.numel() for value in backbone.model.state_dict().values())
     return {
         **choices,
         "backbone_tag": backbone.tag,
@@ -94,7 +93,7 @@ def summary(
         **summarize(records.matrices[0], records.matrices[1], records.matrices[2], sequence.test_counts),
         "trainable_parameters": max(records.trainable_parameters, default=0),
         "trainable_parameters_per_task": records.trainable_parameters,
-        "stored_parameters": count_numbers(state) - num_backbone,
+        "stored_parameters": stored_parameters(method),
         "total_parameters": sum(parameter.numel() for parameter in method.parameters()),
         "wall_seconds": records.timings(),
         "peak_memory_bytes": peak_memory_bytes(),
@@ -109,6 +108,11 @@ def summary(
         "versions": package_versions(),
         **git_revision(),
     }
+
+
+def stored_parameters(method: Method) -> int:
+    """Numbers a method keeps between tasks besides the pretrained backbone: heads, branches, memories, statistics."""
+    return count_numbers(method.state_dict()) - method.num_pretrained
 
 
 def count_numbers(state: Any) -> int:

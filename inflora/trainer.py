@@ -25,7 +25,7 @@ from inflora.method import Method
 from inflora.metrics import TestCounter
 from inflora.parts.collective import sum_over_processes
 from inflora.progress import Display
-from inflora.results import Records, count_numbers
+from inflora.results import Records, stored_parameters
 from inflora.seeding import seed_everything
 from inflora.trackers import Trackers, write_matrix
 
@@ -217,7 +217,7 @@ class Trainer:
             **self.records.latest(sequence.test_counts),
             "interference": self.probe.after(method.backbone, older_tasks),
             "wall_seconds": self.records.timings(),
-            "stored_parameters": count_numbers(method.state_dict()) - count_numbers(method.backbone.state_dict()),
+            "stored_parameters": stored_parameters(method),
             **method.diagnostics(),
         }
         self.trackers.log("task", event)
