@@ -208,10 +208,12 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     data = plain["dataset"]
     if plain["trainer"]["compile"] and fabric.device.type == "mps":
         raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
-    splits = get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
+    seed_everything(plain["seed"], "backbone")  # backbone.pretrained=false draws its weights
     backbone = build_backbone(**plain["backbone"], image_size=data["image_size"])
     seed_everything(plain["seed"], "method")
     method: Method = _instantiate(plain["method"], backbone.model)
+    # After the method, which checks its arguments: decoding images may take minutes.
+    splits = get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
     sequence = TaskSequence(
         splits,
