@@ -324,7 +324,8 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
     classes = f"{sizes[0]} classes each" if len(set(sizes)) == 1 else "classes " + " ".join(map(str, sizes))
     stages = "one stage with all classes, tested on" if parts.method.stream == "joint" else "learned one after the other:"
     has_recipe = any(file.startswith("recipe/") for file in origin.applied_files)
-    log.info("%s on %s, %s (%s weights: %s)", *origin.names.values(), parts.backbone.weights["source"], parts.backbone.tag)
+    names = (origin.names[key] for key in ("method", "dataset", "backbone"))
+    log.info("%s on %s, %s (%s weights: %s)", *names, parts.backbone.weights["source"], parts.backbone.tag)
     images = sum(plan["training_images"]), sum(sequence.test_counts)
     log.info("%s %d tasks, %s; %d training and %d test images", stages, len(sizes), classes, *images)
     log.info(
