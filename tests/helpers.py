@@ -31,6 +31,8 @@ TOY = [
     "dataset.transform=shift_flip",
     "backbone.name=vit_toy.test",
     "backbone.pretrained=false",
+    "~recipe",
+    "~tuning",
     "optimizer.lr=5e-3",
     "trainer.epochs=2",
     "trainer.batch_size=8",

@@ -1,0 +1,452 @@
+"""Whole runs on the toy: what a folder holds, when it is continued, looked up or refused, and that nothing else is left behind."""
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+import yaml
+from helpers import METHODS, files_of, num_rows, read_events, results, run_toy, toy_config
+
+from inflora.checkpoint import CheckpointFolder
+from inflora.config import ConfigurationError
+from inflora.run import Origin, run
+from inflora.trackers import read_matrix
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of InfLoRA. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inflora.run.report.write", lambda folders, out: out / "report.html")
+        run_toy(folder)
+    return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def num_backbone() -> int:
+    return sum(parameter.numel() for parameter in toy.toy_vit().parameters())
+
+
+# ---- the folder --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_everything(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # with the report
+    folder = tmp_path / "made" / "with" / "parents"
+    found = run_toy(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        ".hydra", ".lock", "accuracy_matrix.csv", "checkpoints", "config.yaml", "metrics.jsonl", "report", "run.log", "summary.json",
+        "task_aware_matrix.csv",
+    }  # fmt: skip
+    assert (folder / "report" / "report.html").stat().st_size > 1000
+    assert summary_of(folder) == found
+    printed = capsys.readouterr().out
+    assert f"{found['last_accuracy']:.2f}" in printed
+    assert str(folder / "report" / "report.html") in printed
+
+
+def test_the_configuration_is_written_resolved(finished):
+    text = (finished / "config.yaml").read_text()
+    assert "${" not in text and "???" not in text
+    written = yaml.safe_load(text)
+    assert written["optimizer"]["head_lr"] == 0.005
+    assert written["output_dir"] == str(finished)
+
+
+def test_events(finished):
+    events = read_events(finished)
+    one_task = ["epoch", "epoch", "task"]
+    assert [event["event"] for event in events] == ["run", *one_task * 3, "summary"]
+    start = events[0]
+    assert start["tasks"] == [["class_00", "class_01"], ["class_02", "class_03"], ["class_04", "class_05"]]
+    assert (start["training_images"], start["test_counts"], start["epochs"], start["steps"]) == ([12] * 3, [8] * 3, 2, 12)
+    for number, epoch in enumerate(read_events(finished, "epoch")):
+        assert (epoch["task"], epoch["epoch"]) == divmod(number, 2)
+        assert epoch["loss"] > 0 and 0 <= epoch["training_accuracy"] <= 100 and epoch["images_per_second"] > 0
+        assert epoch["lr"] == 0.005
+    for number, task in enumerate(read_events(finished, "task")):
+        assert task["task"] == number and len(task["accuracy_per_task"]) == number + 1
+        assert len(task["protected_dimensions"]) == 2
+        shape = None if number == 0 else (number, 2)
+        assert (None if task["interference"] is None else np.shape(task["interference"])) == shape
+    assert {**events[-1], **summary_of(finished)} == events[-1]
+
+
+def test_the_matrices(finished):
+    lines = (finished / "accuracy_matrix.csv").read_text().splitlines()
+    assert lines[0] == "task_0,task_1,task_2"
+    assert [[len(cell.partition(".")[2]) for cell in line.split(",")] for line in lines[1:]] == [[6, 0, 0], [6, 6, 0], [6, 6, 6]]
+    accuracy, task_aware = (read_matrix(finished / name) for name in ("accuracy_matrix.csv", "task_aware_matrix.csv"))
+    measured = np.tril(np.ones((3, 3), bool))
+    assert (task_aware[measured] >= accuracy[measured]).all()
+    events = read_events(finished, "task")
+    for row, event in zip(accuracy, events, strict=True):
+        np.testing.assert_allclose(event["accuracy_per_task"], 100 * row[: event["task"] + 1], atol=1e-6)
+
+
+def test_the_summary(finished):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    found = json.loads((finished / "summary.json").read_text(), parse_constant=refuse)
+    expected = {
+        "dataset": "tiny",
+        "method": "inflora",
+        "backbone": "vit_toy.test",
+        "backbone_tag": "vit_toy.test",
+        "seed": 0,
+        "num_tasks": 3,
+        "task_sizes": [2, 2, 2],
+        "class_order": [0, 1, 2, 3, 4, 5],
+        "test_counts": [8, 8, 8],
+        "transform": "shift_flip",
+        "normalize": "timm",
+        "split": "toy",
+        "applied_files": [],
+        "trainable_parameters": 2 * 2 * 2 * 32 + 66,
+        "trainable_parameters_per_task": [322] * 3,
+    }
+    assert {key: found[key] for key in expected} == expected
+    accuracy = read_matrix(finished / "accuracy_matrix.csv")
+    curve = [100 * accuracy[t, : t + 1].mean() for t in range(3)]
+    np.testing.assert_allclose(found["accuracy_curve"], curve, atol=1e-5)
+    assert found["last_accuracy"] == found["accuracy_curve"][-1]
+    np.testing.assert_allclose(found["average_accuracy"], np.mean(curve), atol=1e-5)
+    assert found["total_parameters"] == num_backbone() + 3 * 66
+    assert 3 * 66 < found["stored_parameters"] <= 3 * 66 + 2 * 32 * 32 // 2, "heads, and at most half a matrix per block"
+    assert found["peak_memory_bytes"] > 10_000_000
+    assert {
+        "last_accuracy_macro",
+        "average_accuracy_macro",
+        "forgetting",
+        "backward_transfer",
+        "task_aware_accuracy",
+        "task_id_accuracy",
+    } <= (found.keys())
+    assert len(found["test_hash"]) == len(found["weights_sha256"]) == 64
+    assert {"torch", "timm", "numpy", "inflora", "python"} <= found["versions"].keys()
+    assert found["git_commit"] is None or len(found["git_commit"]) == 40
+    assert found["git_dirty"] in (None, True, False)
+    assert found["device"]
+
+
+def test_stored_parameters_of_seqlora_count_its_branch(tmp_path):
+    found = run_toy(tmp_path, "method=sequential")
+    assert found["stored_parameters"] == 3 * 66 + 2 * 2 * (2 * 32 + 2 * 32)
+    assert found["total_parameters"] == num_backbone() + found["stored_parameters"]
+
+
+def test_the_timings_add_up(tmp_path):
+    began = time.monotonic()
+    wall = run_toy(tmp_path)["wall_seconds"]
+    elapsed = time.monotonic() - began
+    assert list(wall) == ["subspace", "train", "evaluate", "other", "total"]
+    assert min(wall.values()) > 0
+    assert wall["total"] == pytest.approx(sum(wall.values()) - wall["total"])
+    assert wall["total"] <= elapsed
+
+
+def test_two_checkpoints_and_the_start_are_kept(finished):
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert [name.partition("-")[2] for name in names[:4]] == [
+        "task2_epoch2_step0.json", "task2_epoch2_step0.safetensors", "task2.json", "task2.safetensors"
+    ]  # fmt: skip
+    assert names[4:] == ["base.json", "base.safetensors"]
+
+
+def test_the_log_says_what_the_run_does(finished):
+    text = (finished / "run.log").read_text()
+    assert "inflora on tiny, vit_toy.test (random weights: vit_toy.test)" in text
+    assert "3 tasks, 2 classes each; 36 training and 24 test images" in text
+    assert "2 epochs a stage, batches of 8: 12 steps on cpu in precision 32" in text
+    assert "no published recipe for this pair" in text
+    assert "task 2: 2 classes, 12 images; trains 256 branch + 66 head parameters" in text
+    assert "over all seen classes" in text
+
+
+def test_the_log_names_uneven_tasks_and_applied_files(tmp_path):
+    cfg = toy_config(tmp_path, "method=linear_probe", "dataset.task_sizes=[3,1,2]", "trainer.epochs=1")
+    run(cfg, Origin({"method": "m", "dataset": "d", "backbone": "b"}, ["recipe/d_m"], {"overrides.yaml": "- method=m\n"}))
+    text = (tmp_path / "run.log").read_text()
+    assert "m on d, b" in text
+    assert "classes 3 1 2" in text
+    assert "applied: recipe/d_m\n" in text
+    assert (tmp_path / ".hydra" / "overrides.yaml").read_text() == "- method=m\n"
+    assert summary_of(tmp_path)["applied_files"] == ["recipe/d_m"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method, tmp_path):
+    found = run_toy(tmp_path, f"method={method}")
+    assert found["method"] == method
+    assert found["last_accuracy"] is not None
+    assert num_rows(tmp_path) == (1 if method == "joint" else 3)
+
+
+@pytest.mark.parametrize("target, trained", [("toy.Frozen", 0), ("toy.TwoSteps", 66)])
+def test_unusual_methods_run(target, trained, tmp_path):
+    found = run_toy(tmp_path, "method=linear_probe", f"method._target_={target}")
+    assert found["trainable_parameters"] == trained
+    assert found["task_aware_accuracy"] > 50
+    losses = read_events(tmp_path, "epoch")
+    assert len(losses) == (6 if trained else 0)
+
+
+def test_joint_fills_the_last_row_only(tmp_path):
+    found = run_toy(tmp_path, "method=joint", "trainer.epochs=8")
+    accuracy = read_matrix(tmp_path / "accuracy_matrix.csv")
+    assert np.isnan(accuracy[:2]).all() and not np.isnan(accuracy[2]).any()
+    assert found["accuracy_curve"][:2] == [None, None]
+    assert found["forgetting"] is None and found["backward_transfer"] is None
+    assert found["num_tasks"] == 3
+    (event,) = read_events(tmp_path, "task")
+    assert len(event["accuracy_per_task"]) == 3
+
+
+def test_learning_raises_accuracy(tmp_path):
+    """The loop trains for real: a linear probe on the toy's patterns ends far above chance (17 %)."""
+    assert run_toy(tmp_path, "method=linear_probe", "trainer.epochs=10", "optimizer.lr=0.02")["task_aware_accuracy"] > 80
+
+
+# ---- the same again ----------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_results(finished, tmp_path):
+    """Whatever was drawn from the global generators before."""
+    torch.manual_seed(time.time_ns() % 2**32)
+    random.seed()
+    np.random.seed()
+    run_toy(tmp_path / "again")
+    run_toy(tmp_path / "other", "seed=1")
+    again, other = results(tmp_path / "again"), results(tmp_path / "other")
+    assert again == results(finished)
+    assert other["weights"] != again["weights"]
+
+
+def test_what_changes_no_result(finished, tmp_path):
+    run_toy(tmp_path, "trainer.eval_batch_size=3", "trainer.num_workers=0")
+    ours, theirs = results(tmp_path), results(finished)
+    assert ours["matrices"] == theirs["matrices"]
+    assert ours["weights"] == theirs["weights"]
+
+
+def test_a_finished_run_is_looked_up(finished, capsys):
+    before = files_of(finished)
+    found = run_toy(finished)
+    assert files_of(finished) == before
+    assert found == summary_of(finished)
+    printed = capsys.readouterr().out
+    assert f"This run is finished: {finished}" in printed
+    assert f"{found['last_accuracy']:.2f}" in printed
+
+
+def test_a_finished_run_is_looked_up_from_any_machine(finished):
+    before = files_of(finished)
+    run_toy(finished, "trainer.num_workers=0", "trainer.eval_batch_size=7", "dataset.root=elsewhere", "tracker=tensorboard")
+    assert files_of(finished) == before
+
+
+@pytest.mark.parametrize(
+    "overrides, difference",
+    [
+        (["trainer.epochs=3"], r"trainer\.epochs \(2 there, 3 here\)"),
+        (["seed=4", "method.rank=3"], r"method\.rank \(2 there, 3 here\), seed \(0 there, 4 here\)"),
+        (["method=linear_probe"], r"method\._target_ \(.*InfLoRA there, .*LinearProbe here\).* method\.rank \(2 there, nothing here\)"),
+        (["dataset.max_train_per_class=3"], r"dataset\.max_train_per_class \(None there, 3 here\)"),
+    ],
+)  # fmt: skip
+def test_another_configuration_is_refused(finished, overrides, difference):
+    before = files_of(finished)
+    with pytest.raises(
+        ValueError, match=f"holds a run of another configuration, which differs in .*{difference}.*; choose another output_dir"
+    ):
+        run_toy(finished, *overrides)
+    assert files_of(finished) == before
+
+
+def test_never_resume(finished):
+    before = files_of(finished)
+    with pytest.raises(ValueError, match=r"holds a run already and resume=never; choose another output_dir"):
+        run_toy(finished, "resume=never")
+    assert files_of(finished) == before
+
+
+def test_never_resume_starts_in_an_empty_folder(tmp_path):
+    run_toy(tmp_path, "resume=never", "method=linear_probe", "trainer.epochs=1")
+    assert num_rows(tmp_path) == 3
+
+
+def test_a_folder_at_work_is_refused(tmp_path):
+    from inflora.checkpoint import CheckpointError, lock_run
+
+    with lock_run(tmp_path), pytest.raises(CheckpointError, match=r"another process is at work in .*; wait until it ends, or choose"):
+        run_toy(tmp_path)
+
+
+# ---- longer sequences --------------------------------------------------------------------------------------------------------------
+
+
+def grow(root: Path, num_classes: int) -> None:
+    root.mkdir(exist_ok=True)
+    (root / "num_classes").write_text(str(num_classes))
+
+
+@pytest.mark.parametrize("method", ["inflora", "linear_probe", "sequential"])
+def test_a_finished_run_goes_on_with_further_tasks(method, tmp_path):
+    root, folder = tmp_path / "images", tmp_path / "run"
+    common = [f"method={method}", "dataset._target_=toy.growing", f"dataset.root={root}", "trainer.epochs=1"]
+    grow(root, 4)
+    run_toy(folder, *common, "dataset.num_tasks=2")
+    short = (folder / "accuracy_matrix.csv").read_text().splitlines()
+    grow(root, 6)
+    found = run_toy(folder, *common, "dataset.num_tasks=3")
+    long = (folder / "accuracy_matrix.csv").read_text().splitlines()
+    assert [line.removesuffix(",") for line in long[1:3]] == short[1:]
+    assert num_rows(folder) == 3
+    assert (found["num_tasks"], len(found["accuracy_curve"]), found["test_counts"]) == (3, 3, [8, 8, 8])
+    assert [event["event"] for event in read_events(folder)] == ["run", *["epoch", "task"] * 2, "run", "epoch", "task", "summary"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["dataset"]["num_tasks"] == 3
+    if method != "inflora":  # whose thresholds follow the planned number of tasks
+        run_toy(tmp_path / "at once", *common, "dataset.num_tasks=3")
+        assert results(folder)["weights"] == results(tmp_path / "at once")["weights"]
+        assert results(folder)["matrices"] == results(tmp_path / "at once")["matrices"]
+
+
+def test_further_tasks_by_explicit_sizes_and_order(tmp_path):
+    root, folder = tmp_path / "images", tmp_path / "run"
+    common = ["method=linear_probe", "dataset._target_=toy.growing", f"dataset.root={root}", "trainer.epochs=1"]
+    grow(root, 4)
+    run_toy(folder, *common, "dataset.task_sizes=[1,3]", "dataset.class_order=[3,0,1,2]")
+    grow(root, 6)
+    with pytest.raises(ValueError, match=r"holds a run over other tasks: dataset.num_tasks, dataset.task_sizes, dataset.class_order and"):
+        run_toy(folder, *common, "dataset.task_sizes=[1,3,2]", "dataset.class_order=[0,3,1,2,4,5]")
+    with pytest.raises(ValueError, match=r"holds a run over other tasks"):
+        run_toy(folder, *common, "dataset.task_sizes=[1,5]", "dataset.class_order=[3,0,1,2,4,5]")
+    found = run_toy(folder, *common, "dataset.task_sizes=[1,3,2]", "dataset.class_order=[3,0,1,2,5,4]")
+    assert found["class_order"] == [3, 0, 1, 2, 5, 4]
+    assert num_rows(folder) == 3
+    with pytest.raises(ValueError, match=r"holds a run over other tasks"):
+        grow(root, 4)
+        run_toy(folder, *common, "dataset.task_sizes=[1,3]", "dataset.class_order=[3,0,1,2]")
+
+
+def test_joint_does_not_go_on_with_further_tasks(tmp_path):
+    root, folder = tmp_path / "images", tmp_path / "run"
+    common = ["method=joint", "dataset._target_=toy.growing", f"dataset.root={root}", "trainer.epochs=1"]
+    grow(root, 4)
+    run_toy(folder, *common, "dataset.num_tasks=2")
+    grow(root, 6)
+    with pytest.raises(ValueError, match=r"holds a run over other tasks"):
+        run_toy(folder, *common, "dataset.num_tasks=3")
+
+
+# ---- nothing else is left behind ---------------------------------------------------------------------------------------------------
+
+
+def process_state() -> dict[str, Any]:
+    loggers = [logging.getLogger(name) for name in (None, "inflora", "lightning_fabric", "timm")]
+    return {
+        "logging": [(log.level, list(log.handlers), log.propagate, log.disabled) for log in loggers],
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "torch": (
+            torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_device(),
+            torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
+        ),
+        "warnings": list(warnings.filters),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "path": list(sys.path),
+        "threads": threading.active_count(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["inflora", "diverging"])
+def test_a_run_leaves_nothing_behind(method, tmp_path):
+    before = process_state()
+    if method == "inflora":
+        run_toy(tmp_path)
+    else:
+        with pytest.raises(RuntimeError, match=r"the loss is nan at task 0, epoch 0, step 1"):
+            run_toy(tmp_path, *DIVERGING, "+method.task=0", "+method.step=1")
+    assert process_state() == before
+
+
+DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_faults_in_the_configuration_are_reported_together(tmp_path):
+    with pytest.raises(ConfigurationError) as error:
+        run_toy(tmp_path / "run", "trainer.device=gpu", "trainer.epochs=0", "resume=always", "seed=-1")
+    assert str(error.value).splitlines() == [
+        "resume=always is not known; choose one of auto, never",
+        "trainer.device=gpu is not known; choose one of auto, cpu, cuda, mps",
+        "trainer.epochs=0 is too small; choose 1 or more",
+        "seed=-1 is too small; choose 0 or more",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_missing_device_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer.device=cuda, but torch finds no such device on this machine; choose auto or cpu"):
+        run_toy(tmp_path, "trainer.device=cuda")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["method.rank=33"], "method.rank=33 exceeds the layer's 32 inputs; choose 1..32"),
+        (["dataset.num_tasks=7"], r"dataset.num_tasks=7 does not fit 6 classes; choose 1..6"),
+        (["dataset.task_sizes=[2,2]"], r"dataset.task_sizes=\[2, 2\] adds up to 4; give positive numbers that add up to the 6 classes"),
+        (["dataset.transform=blur"], "blur"),
+        (["backbone.name=vit_toy"], "backbone.name=vit_toy does not say which weights; choose one of vit_toy.test"),
+    ],
+)
+def test_a_fault_found_while_building_leaves_the_folder_usable(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_toy(tmp_path, *overrides)
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")
+    assert num_rows(tmp_path) == 3
+
+
+def test_a_method_is_checked_before_any_image_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"method.rank=33 exceeds"):
+        run_toy(tmp_path, "method.rank=33", "dataset=imagefolder", "dataset._target_=inflora.data.datasets.imagefolder")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the loss is nan at task 1, epoch 1, step 1; lower optimizer.lr and optimizer.head_lr, or use"):
+        run_toy(tmp_path, *DIVERGING, "+method.task=1", "+method.step=3")
+    assert num_rows(tmp_path) == 1
+    last = CheckpointFolder(tmp_path / "checkpoints").latest()
+    assert last is not None
+    assert {key: last["position"][key] for key in ("stage", "epoch", "step")} == {"stage": 1, "epoch": 1, "step": 0}
+    assert all(value.isfinite().all() for value in last["method"]["tensors"].values())
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_rate_that_is_far_too_high_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at task 0, epoch 0, step \d; lower optimizer.lr and"):
+        run_toy(tmp_path, "method=sequential_full", "optimizer=sgd", "optimizer.lr=1e30")
