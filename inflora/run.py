@@ -21,6 +21,7 @@ from inflora import config as configuration
 from inflora import report
 from inflora.backbone import Backbone, build_backbone
 from inflora.checkpoint import CheckpointError, config_differences, lock_run, write_atomically
+from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
 from inflora.method import Method
@@ -208,12 +209,20 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     data = plain["dataset"]
     if plain["trainer"]["compile"] and fabric.device.type == "mps":
         raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
+
+    def load_images() -> Splits:
+        return get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
+
     seed_everything(plain["seed"], "backbone")  # backbone.pretrained=false draws its weights
-    backbone = build_backbone(**plain["backbone"], image_size=data["image_size"])
+    try:
+        backbone = build_backbone(**plain["backbone"], image_size=data["image_size"])
+    except FileNotFoundError:
+        load_images()  # where both are missing, the images are the larger errand: say that first
+        raise
     seed_everything(plain["seed"], "method")
     method: Method = _instantiate(plain["method"], backbone.model)
     # After the method, which checks its arguments: decoding images may take minutes.
-    splits = get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
+    splits = load_images()
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
     sequence = TaskSequence(
         splits,
