@@ -149,9 +149,8 @@ class DualGPM:
         if self.dual and (2 * used > self.dim or (is_first and 2 * used == self.dim)):
             self.kind = "retain"  # there is no way back: the used space only grows
         kept = free @ vectors[:, count:] if self.kind == "retain" else torch.cat([self.basis, free @ vectors[:, :count]], dim=1)
-        # Orthonormal up to rounding already; QR keeps that rounding from adding up over tasks. With its signs undone nothing else changes.
-        Q, R = torch.linalg.qr(kept)
-        self.basis = (Q * R.diagonal().sign()).contiguous()
+        # Orthonormal up to rounding already; QR keeps that rounding from adding up over tasks.
+        self.basis = torch.linalg.qr(kept).Q.contiguous()
 
     def state_dict(self) -> dict[str, Any]:
         """The basis (a tensor) and plain values; `load_state_dict` restores them exactly."""

@@ -157,7 +157,7 @@ def test_trained_lora_A_is_drawn_as_lora_does() -> None:
     assert torch.equal(half.lora_A, module.lora_A.bfloat16())
     own = LowRankLinear(nn.Linear(300, 6), 2, rows=[slice(0, 3), slice(3, 6)], share_A=False, train_A=True)
     assert own.lora_A.shape == (2, 2, 300)
-    assert 0.5 * 300**-0.5 < own.lora_A.abs().max() <= 300**-0.5  # each slice is drawn for 300 inputs
+    assert 0.9 * 300**-0.5 < own.lora_A.abs().max() <= 300**-0.5  # each slice is drawn for 300 inputs
 
 
 def test_frozen_random_lora_A() -> None:
@@ -334,18 +334,15 @@ def test_merging_several_branches_adds_their_products() -> None:
         assert torch.allclose(lora.effective_weight(model.get_submodule(name)), expected[name], atol=1e-13)  # type: ignore[arg-type]
 
 
-def test_many_merges_in_float32_lose_less_than_one_rounding_each() -> None:
-    module = LowRankLinear(nn.Linear(16, 16), 4)
-    model = nn.Sequential(module)
-    exact = module.weight.detach().double()
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        module.reset_lora_A(generator)
-        with torch.no_grad():
-            module.lora_B.normal_(std=1e-3, generator=generator)
-        exact += module.lora_B.detach().double()[0] @ module.lora_A.double()
-        lora.merge(model)
-    assert (module.weight.double() - exact).abs().max() < 50 * 2**-24 * exact.abs().max()
+def test_merging_rounds_once() -> None:
+    torch.manual_seed(0)
+    module = LowRankLinear(nn.Linear(64, 64), 32)
+    with torch.no_grad():
+        module.lora_A.normal_()
+        module.lora_B.normal_()
+    exact = module.weight.detach().double() + module.lora_B[0].detach().double() @ module.lora_A.double()
+    lora.merge(nn.Sequential(module))
+    assert torch.equal(module.weight, exact.float())
 
 
 def test_removing_without_merging_drops_the_branch() -> None:
