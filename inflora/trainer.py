@@ -132,7 +132,8 @@ class Trainer:
         log.info("task %d: %d classes, %d images; trains %s parameters", task.index, task.num_classes, task.num_train, numbers)
         if not groups:
             return
-        optimizer = self.fabric.setup_optimizers(self.make_optimizer(groups))
+        # Copies of the groups: torch keeps the dictionaries it is given, and setting a rate there would change the base rates here.
+        optimizer = self.fabric.setup_optimizers(self.make_optimizer([dict(group) for group in groups]))
         position = inside or {"epoch": 0, "step": 0, "losses": torch.zeros(0), "hits": 0, "answers": 0}
         if "optimizer" in position:
             optimizer.load_state_dict(position["optimizer"])
