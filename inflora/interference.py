@@ -30,13 +30,15 @@ class InterferenceProbe:
     @torch.no_grad()
     def after(self, backbone: nn.Module, older_tasks: Sequence[Task]) -> list[list[float]] | None:
         """I[t, j, l] as nested lists over older tasks j and blocks l; None if there is no older task or the weights did not change."""
+        if not older_tasks:
+            return None
         device = next(backbone.parameters()).device
         before, after = self._before.to(device), lora.merged_copy(backbone)
         layers = _key_value_layers(before)
         new_layers = dict(after.named_modules())
         old = {name: _key_value_weight(layer) for name, layer in layers.items()}
         change = {name: _key_value_weight(new_layers[name]) - old[name] for name in layers}
-        if not older_tasks or not any(delta.any() for delta in change.values()):
+        if not any(delta.any() for delta in change.values()):
             return None
         return [self._ratios(before, layers, old, change, task) for task in older_tasks]
 
