@@ -108,6 +108,7 @@ class Trainer:
             for task in tasks:
                 method.task = task
                 if inside is None:
+                    method.eval()  # also before the first task: what a task begins with must not depend on whether a run was stopped
                     self._seed("begin", task)
                     self.probe.before(method.backbone)
                     with self._clock("subspace"), self.fabric.autocast():
