@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app = hydra.main(version_base="1.3", config_path=str(plugins.own_conf()), config_name="config")(job)
     try:
         app()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: options that exclude each other
         if show_traceback:
             raise
         _say_fault(_composition_fault(error, sys.argv[1:]))
