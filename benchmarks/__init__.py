@@ -1,0 +1,1 @@
+"""Timed comparisons of the real steps with a plain reference: `python -m benchmarks`."""

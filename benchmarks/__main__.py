@@ -1,0 +1,109 @@
+"""Time the hot paths against the plain reference, in turns in one process, and check that both sides agree."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.pairs import BACKBONES, Bench, Sizes
+from benchmarks.timing import Row
+from inflora.results import device_name, git_revision, package_versions
+
+SIZES = {
+    "vit_micro": Sizes(batch_size=64, images=40, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
+    "vit_b16": Sizes(batch_size=128, images=128, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
+    "quick": Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=1, run_turns=1, learned=(1, 2)),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparisons, print the table, and write it with all numbers."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=defaults)
+    parser.add_argument("--backbone", choices=BACKBONES, default="vit_micro", help="vit_b16 at 224 pixels is meant for a GPU")
+    parser.add_argument("--random", action="store_true", help="random weights, for a backbone whose weights are not on this machine")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("32", "bf16", "16"), default="32", help="of this package; the reference is float32")
+    parser.add_argument("--quick", action="store_true", help="seconds: sizes that show the agreement but not the speed")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder for bench.md and bench.json")
+    options = vars(parser.parse_args(arguments))
+    out, is_quick, is_random = options.pop("out"), options.pop("quick"), options.pop("random")
+    options["pretrained"] = not is_random
+    sizes = SIZES["quick" if is_quick else options["backbone"]]
+
+    result = {"settings": options | asdict(sizes), "machine": machine(), **measure(Bench(sizes, **options))}
+    text = markdown(result)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.md").write_text(text, encoding="utf-8")
+    (out / "bench.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"{text}\nWritten to {out}")
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """The rows of the table, and the lines of the growth table."""
+    works = [bench.images_row, bench.covariance_row, bench.subspace_row, bench.step_row, bench.evaluation_row, bench.run_row]
+    rows, growth = [], []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=len(works) + len(bench.sizes.learned))
+        for work in works:
+            progress.update(bar, description=work.__name__)
+            rows.append(asdict(work()))
+            progress.advance(bar)
+        for learned in bench.sizes.learned:
+            progress.update(bar, description=f"after {learned} tasks")
+            growth.append({name: asdict(value) if isinstance(value, Row) else value for name, value in bench.growth(learned).items()})
+            progress.advance(bar)
+    return {"rows": rows, "growth": growth}
+
+
+def machine() -> dict[str, Any]:
+    """Where, and with what, the times were taken."""
+    versions = package_versions()
+    return {
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **{name: versions[name] for name in ("torch", "torchvision", "timm")},
+        **git_revision(),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """`bench.md`: ratios first, times second, growth third."""
+    lines = ["# Benchmark", "", _listed(result["settings"]), "", _listed(result["machine"]), ""]
+    lines += ["| | times faster | in single turns | this package | plain reference | agreement |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        turns = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}, n = {row['turns']}"
+        agreement = f"{row['measure']}: {row['difference']:.1e}"
+        times = f"{_time(row['fast_s'])} | {_time(row['plain_s'])}"
+        lines.append(f"| {row['name']} | **{row['ratio']:.2f}** | {turns} | {times} | {agreement} |")
+    lines += ["", "Growth with the number of tasks already learned: this package / plain reference.", ""]
+    names = list(result["growth"][0])
+    lines += [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(map(_cell, line.values()))} |" for line in result["growth"]]
+    return "\n".join(lines) + "\n"
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{_time(value['fast_s'])} / {_time(value['plain_s'])}"
+    return " / ".join(f"{number:,}" for number in value) if isinstance(value, tuple) else str(value)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+if __name__ == "__main__":
+    main()

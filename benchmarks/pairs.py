@@ -1,0 +1,322 @@
+"""The comparisons: this package and the plain reference in the same state, doing the same on the same images."""
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from benchmarks import reference
+from benchmarks.timing import Row, angle, compare, kept_for_backward, largest, relative
+from inflora import lora
+from inflora.backbone import build_backbone
+from inflora.data.cache import FixedImages
+from inflora.data.datasets import ImageSet, Splits, digits
+from inflora.data.tasks import Loading, Task, TaskSequence
+from inflora.data.transforms import build_transforms
+from inflora.methods.inflora import InfLoRA
+from inflora.results import Records, count_numbers
+from inflora.run import PRECISIONS
+from inflora.schedule import cosine99
+from inflora.subspace import design_branch
+from inflora.trackers import Tracker, Trackers
+from inflora.trainer import Meter, Trainer, evaluate, trainable_groups
+
+BACKBONES = {"vit_micro": "vit_micro.tiny_imagenet", "vit_b16": "vit_base_patch16_224.augreg_in21k"}
+SEED, LR, RANK, SCALE = 0, 5e-4, 10, 3**-0.5
+THRESHOLDS = {"threshold": 0.95, "threshold_end": 1.0}
+
+Twins = tuple[InfLoRA, reference.PlainInfLoRA]
+Subspaces = tuple[list[Tensor], list[reference.Memory]]
+"""For every layer: lora_A, and what the memory holds."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work a benchmark does.
+
+    Attributes:
+        batch_size: images per training step; four times as many in evaluation.
+        images: training images per class; half as many for testing.
+        tasks: tasks of two digits each, 1..5.
+        epochs: of the whole run, per task.
+        turns: how often each side is timed; the whole run `run_turns` times.
+        learned: numbers of tasks in the growth table.
+    """
+
+    batch_size: int
+    images: int
+    tasks: int
+    epochs: int
+    turns: int
+    run_turns: int
+    learned: tuple[int, ...]
+
+
+class Bench:
+    """Makes the rows of the table, in the state before the last task unless said otherwise.
+
+    Tasks are learned by decree: random branches and heads, and memories updated with the second moments of real inputs.
+
+    Args:
+        backbone: a key of BACKBONES; `pretrained`, or with random weights.
+        device: "cpu" or "cuda".
+        precision: "32", "bf16" or "16", of this package's side; the plain side is always float32.
+    """
+
+    def __init__(self, sizes: Sizes, *, backbone: str, pretrained: bool, device: str, precision: str) -> None:
+        self.sizes = sizes
+        self.tolerance, self.accuracy_tolerance = (1e-4, 0.02) if precision == "32" else (3e-2, 0.1)
+        self.fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
+        torch.manual_seed(SEED)
+        built = build_backbone(BACKBONES[backbone], pretrained=pretrained, checkpoint=None)
+        self.vit = built.model.to(self.fabric.device)
+        splits = few_digits(2 * sizes.tasks, sizes.images)
+        self.sequence = TaskSequence(
+            splits,
+            class_order=list(range(2 * sizes.tasks)),
+            task_sizes=[2] * sizes.tasks,
+            transforms=build_transforms("shift", built.image_size, built.mean, built.std),
+            loading=Loading(self.fabric.device, sizes.batch_size, 4 * sizes.batch_size, SEED),
+        )
+        self.last = self.sequence[sizes.tasks - 1]
+        self.images = reference.PlainImages(
+            *((part.images.fetch(torch.arange(len(part.labels)))[0], part.labels) for part in (splits.train, splits.test)),
+            classes=[task.class_ids for task in self.sequence],
+            size=built.image_size,
+            normalization=(built.mean, built.std),
+            seed=SEED,
+            batch_size=sizes.batch_size,
+            device=self.fabric.device,
+        )
+        self.moments = [self._moments(self._method(), task) for task in self.sequence]
+
+    # ---- the rows ----
+
+    def images_row(self) -> Row:
+        """A pass over the augmented images of a task, nothing else done with them."""
+        return compare(
+            "augmented images of one task",
+            lambda: torch.cat([x for x, _ in self.last.batches("train", stream="fit")]),
+            lambda: torch.cat([x for x, _ in self.images.training(self.last.index, "fit")]),
+            turns=self.sizes.turns,
+            measure="difference of a pixel",
+            distance=lambda fast, plain: (fast - plain).abs().max().item(),
+            tolerance=1e-6,
+        )
+
+    def covariance_row(self) -> Row:
+        """The pass over a task's images before it is trained, augmentation included."""
+        method, plain = self._twins(self.last.index)
+        return compare(
+            "covariance pass over one task",
+            lambda: self._moments(method, self.last),
+            lambda: plain.moments(self.images.training(self.last.index, "moments_before")),
+            turns=self.sizes.turns,
+            measure="relative difference of a covariance",
+            distance=lambda fast, plain: largest(fast, plain, relative),
+            tolerance=self.tolerance,
+        )
+
+    def subspace_row(self, learned: int | None = None) -> Row:
+        """Given covariances: the branches of all layers designed, and their memories updated."""
+        learned = self.last.index if learned is None else learned
+        method, model = self._twins(learned)
+        moments, threshold = self._moments_of(learned), model.thresholds[learned]
+
+        def fast() -> Subspaces:
+            memories = copy.deepcopy(list(method.memory.values()))
+            designs = [design_branch(C, memory, RANK) for C, memory in zip(moments, memories, strict=True)]
+            for C, memory in zip(moments, memories, strict=True):
+                memory.update(C, threshold)
+            return designs, [(memory.kind, memory.basis) for memory in memories]
+
+        def plain() -> Subspaces:
+            pairs = [(C.cpu(), memory) for C, memory in zip(moments, model.memories, strict=True)]
+            designs = [reference.design(C, memory, RANK, SCALE) for C, memory in pairs]
+            return designs, [reference.update(memory, C, threshold) for C, memory in pairs]
+
+        def distance(fast: Subspaces, plain: Subspaces) -> float:
+            designs = largest(fast[0], plain[0], lambda a, b: angle(a.mT, b.mT))
+            return max(designs, largest(fast[1], plain[1], lambda a, b: angle(a[1], b[1]) if a[0] == b[0] else float("inf")))
+
+        return compare(
+            "subspace design and DualGPM update, all layers",
+            fast,
+            plain,
+            turns=self.sizes.turns,
+            measure="largest principal angle in rad, dimensions equal",
+            distance=distance,
+            tolerance=1e-3,
+        )
+
+    def step_row(self, learned: int | None = None) -> Row:
+        """One batch of ready tensors. Both sides train on from turn to turn, so that whole trajectories are compared."""
+        method, plain = self._twins(self.last.index if learned is None else learned, is_training=True)
+        fast_batches, plain_batches = (itertools.cycle(self._batches_for(method)) for _ in range(2))
+        trainer, meter = self._trainer(Path()), Meter(None, self.last, 0)
+        fast_optimizer = self.fabric.setup_optimizers(torch.optim.Adam(trainable_groups(method, trainer.rates)))
+        plain_optimizer = torch.optim.Adam(plain.trained(), lr=LR)
+
+        def fast() -> Meter:
+            x, y = next(fast_batches)
+            trainer._step(method, fast_optimizer, x, y, len(x), meter)
+            return meter
+
+        return compare(
+            "training step",
+            fast,
+            lambda: reference.step(plain, plain_optimizer, *next(plain_batches)),
+            turns=self.sizes.turns,
+            measure="relative difference of a loss",
+            distance=lambda fast, plain: relative(fast.losses()[-1], torch.tensor(plain)),
+            tolerance=self.tolerance,
+        )
+
+    def evaluation_row(self) -> Row:
+        """All test images, after the last task."""
+        method, plain = self._twins(len(self.sequence))
+        return compare(
+            "evaluation on all tasks",
+            lambda: torch.from_numpy(evaluate(method, self.sequence.tasks, self.sequence.class_to_task, self.fabric)),
+            lambda: reference.evaluate(plain, self.images, len(self.sequence)),
+            turns=self.sizes.turns,
+            measure="difference of an accuracy",
+            distance=lambda fast, plain: (fast - plain).abs().max().item(),
+            tolerance=self.accuracy_tolerance,
+        )
+
+    def run_row(self) -> Row:
+        """A whole sequence. This package also writes its checkpoints and measures interference, as every run of it does."""
+
+        def fast() -> tuple[Tensor, Tensor]:
+            with tempfile.TemporaryDirectory() as folder:
+                losses = EpochLosses(folder=folder)
+                trainer = self._trainer(Path(folder), losses)
+                trainer.run(self._method(), self.sequence, {})
+            return torch.tensor(losses.values), torch.from_numpy(trainer.records.matrices).nan_to_num()
+
+        return compare(
+            "whole small run",
+            fast,
+            lambda: reference.run(self._plain(len(self.sequence)), self.images, epochs=self.sizes.epochs, lr=LR),
+            turns=self.sizes.run_turns,
+            measure="difference of the losses (relative) or of an accuracy",
+            distance=lambda fast, plain: max(relative(fast[0], plain[0]), (fast[1] - plain[1]).abs().max().item()),
+            tolerance=self.accuracy_tolerance,
+        )
+
+    def growth(self, learned: int) -> dict[str, Any]:
+        """What a task costs after so many others: times as rows, sizes as pairs (this package, plain)."""
+        method, plain = self._twins(learned, is_training=True)
+        x, y = self._batches_for(method)[0]
+        trainable_groups(method, {"branch": LR, "head": LR})
+
+        def fast_loss() -> Tensor:
+            with self.fabric.autocast():
+                return method.local_cross_entropy(method.features(x), y)
+
+        return {
+            "tasks learned": learned,
+            "training step": self.step_row(learned),
+            "subspaces": self.subspace_row(learned),
+            "numbers stored": (count_numbers(method.state_dict()) - count_numbers(self.vit.state_dict()), plain.stored_numbers()),
+            "bytes kept for backward": (
+                kept_for_backward(fast_loss, method),
+                kept_for_backward(lambda: plain.loss(x, y), plain.vit),
+            ),
+        }
+
+    # ---- states ----
+
+    def _method(self) -> InfLoRA:
+        options = {**THRESHOLDS, "energy": "gram", "decomposition": "PC", "lora_A_scale": SCALE, "dual": True}
+        return InfLoRA(copy.deepcopy(self.vit), rank=RANK, blocks=None, **options).eval()
+
+    def _plain(self, num_tasks: int) -> reference.PlainInfLoRA:
+        return reference.PlainInfLoRA(self.vit, rank=RANK, scale=SCALE, num_tasks=num_tasks, **THRESHOLDS)
+
+    def _twins(self, learned: int, *, is_training: bool = False) -> Twins:
+        """Both sides after so many tasks, or (`is_training`) at the first step of the next one."""
+        method, plain = self._method(), self._plain(max(learned + 1, len(self.sequence)))
+        random = torch.Generator().manual_seed(SEED)
+        for task in range(learned):
+            lora_A = SCALE * torch.linalg.qr(torch.randn(self.vit.num_features, RANK, generator=random)).Q.mT  # type: ignore[arg-type]
+            self._begin(method, plain, [lora_A] * len(method.targets))
+            for branch, attention in zip(lora.branches(method.backbone).values(), plain.attentions, strict=True):
+                branch.lora_B.data.copy_(0.1 * torch.randn(branch.lora_B.shape, generator=random))
+                attention.lora_B_k[-1].data.copy_(branch.lora_B[0])
+                attention.lora_B_v[-1].data.copy_(branch.lora_B[1])
+            for memory, C in zip(method.memory.values(), self._moments_of(task), strict=True):
+                memory.update(C, plain.thresholds[task])
+            lora.merge(method.backbone)
+            lora.remove(method.backbone)
+        plain.memories = [(memory.kind, memory.basis.float()) if learned else None for memory in method.memory.values()]
+        if is_training:
+            pairs = zip(self._moments_of(learned), method.memory.values(), strict=True)
+            self._begin(method, plain, [design_branch(C, memory, RANK) for C, memory in pairs])
+        return method, plain
+
+    def _begin(self, method: InfLoRA, plain: reference.PlainInfLoRA, designs: list[Tensor]) -> None:
+        head = method.heads.grow(2, self.fabric.device)
+        plain.add_branch(designs, copy.deepcopy(head).requires_grad_(True))
+        for branch, lora_A in zip(method._inject().values(), designs, strict=True):
+            branch.set_lora_A(lora_A)
+
+    def _moments(self, method: InfLoRA, task: Task) -> list[Tensor]:
+        with self.fabric.autocast():
+            return list(method._input_moments(task, "moments_before").values())
+
+    def _moments_of(self, task: int) -> list[Tensor]:
+        return self.moments[task % len(self.moments)]  # growth goes on beyond the tasks there are
+
+    def _batches_for(self, method: InfLoRA) -> list[reference.Batch]:
+        """The last task's batches, as if it came when it is the method's turn to learn it."""
+        shift = method.num_old_classes - self.last.num_old_classes
+        return [(x, y + shift) for x, y in self.last.batches("train", stream="fit")]
+
+    def _trainer(self, folder: Path, *trackers: Tracker) -> Trainer:
+        return Trainer(
+            self.fabric,
+            epochs=self.sizes.epochs,
+            optimizer=torch.optim.Adam,
+            lr=LR,
+            head_lr=LR,
+            schedule=partial(cosine99, lag=1),
+            grad_clip=None,
+            seed=SEED,
+            folder=folder,
+            records=Records(len(self.sequence)),
+            trackers=Trackers(trackers),
+            show_progress=False,
+        )
+
+
+class EpochLosses(Tracker):
+    """Keeps the mean loss of every epoch in `values`."""
+
+    def __init__(self, *, folder: str) -> None:
+        super().__init__(folder=folder)
+        self.values: list[float] = []
+
+    def log(self, event: str, values: Mapping[str, Any], step: int) -> None:
+        if event == "epoch":
+            self.values.append(values["loss"])
+
+
+def few_digits(num_classes: int, per_class: int) -> Splits:
+    """The first images of the first digits: so many of each for training, half as many for testing."""
+    full = digits(Path())
+
+    def cut(images: ImageSet, limit: int) -> ImageSet:
+        rows = torch.cat([(images.labels == label).nonzero().flatten()[:limit] for label in range(num_classes)])
+        return ImageSet(FixedImages(images.images.fetch(rows)[0]), images.labels[rows], [images.paths[row] for row in rows.tolist()])
+
+    return Splits(cut(full.train, per_class), cut(full.test, per_class // 2), full.class_names[:num_classes], full.split_id)

@@ -1,0 +1,112 @@
+"""Timing two ways of doing the same in turns, and measuring how far their results differ."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Disagreement(RuntimeError):
+    """Two sides of a comparison give different numbers: a speed-up that changes results is a bug."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        ratio: how many times faster this package is, by the medians; ratio_low and ratio_high are the extremes of the single turns.
+        fast_s, plain_s: medians in seconds, of so many turns.
+        measure: what `difference` is: the largest that was seen, at most `tolerance`.
+    """
+
+    name: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    fast_s: float
+    plain_s: float
+    turns: int
+    measure: str
+    difference: float
+    tolerance: float
+
+
+def compare(
+    name: str,
+    fast: Callable[[], Any],
+    plain: Callable[[], Any],
+    *,
+    turns: int,
+    measure: str,
+    distance: Callable[[Any, Any], float],
+    tolerance: float,
+) -> Row:
+    """Time fast, plain, fast, plain, ... after one call of each to warm up.
+
+    Raises:
+        Disagreement: if the distance of what both return ever exceeds the tolerance.
+    """
+    times, differences = [], []
+    for _ in range(turns + 1):
+        (fast_s, fast_result), (plain_s, plain_result) = _timed(fast), _timed(plain)
+        times.append((fast_s, plain_s))
+        differences.append(distance(fast_result, plain_result))
+        if not differences[-1] <= tolerance:  # nan is refused too
+            raise Disagreement(f"{name}: {measure} is {differences[-1]:.2g}, above {tolerance:.2g}")
+    fast_s, plain_s = (median(side) for side in zip(*times[1:], strict=True))
+    ratios = [plain / fast for fast, plain in times[1:]]
+    return Row(name, plain_s / fast_s, min(ratios), max(ratios), fast_s, plain_s, turns, measure, max(differences), tolerance)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    _synchronize()
+    began = time.perf_counter()
+    result = work()
+    _synchronize()
+    return time.perf_counter() - began, result
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def largest(fast: Iterable[Any], plain: Iterable[Any], distance: Callable[[Any, Any], float]) -> float:
+    """The largest distance of any pair."""
+    return max(distance(*pair) for pair in zip(fast, plain, strict=True))
+
+
+def relative(fast: Tensor, plain: Tensor) -> float:
+    """||fast - plain|| / ||plain||."""
+    fast, plain = fast.detach().double().cpu(), plain.detach().double().cpu()
+    return ((fast - plain).norm() / plain.norm()).item()
+
+
+def angle(fast: Tensor, plain: Tensor) -> float:
+    """The largest principal angle, in rad, between the spans of the columns; infinite if their numbers differ."""
+    if fast.shape != plain.shape:
+        return float("inf")
+    Q_fast, Q_plain = (torch.linalg.qr(columns.double().cpu()).Q for columns in (fast, plain))
+    sine = torch.linalg.matrix_norm(Q_fast - Q_plain @ (Q_plain.mT @ Q_fast), 2)  # a cosine would lose angles below 1e-8
+    return sine.clamp(max=1).asin().item()
+
+
+def kept_for_backward(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that a forward pass keeps for its backward pass, the model's own tensors not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = loss()  # while it lives, no address is used twice
+    size = sum(size for address, size in kept.items() if address not in own)
+    del graph
+    return size

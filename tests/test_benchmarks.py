@@ -1,0 +1,145 @@
+"""The benchmark runs, its table is complete, and it notices a fast path that computes something else."""
+
+import json
+import math
+
+import pytest
+import torch
+import toy  # noqa: F401  (makes timm know vit_toy.test)
+
+from benchmarks import reference
+from benchmarks.__main__ import main
+from benchmarks.pairs import BACKBONES, Bench, Sizes
+from benchmarks.timing import Disagreement, angle, compare, kept_for_backward
+from inflora import lora
+from inflora.subspace import DualGPM
+
+SMALL = Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=2, run_turns=1, learned=(1,))
+
+
+@pytest.fixture(autouse=True)
+def toy_backbone(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "toy", "vit_toy.test")
+
+
+def small_bench() -> Bench:
+    return Bench(SMALL, backbone="toy", pretrained=False, device="cpu", precision="32")
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------------
+
+
+def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
+    main(["--quick", "--backbone", "toy", "--random", "--out", str(tmp_path)])
+    text = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    result = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert text in capsys.readouterr().out
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert f"| {row['name']} | **{row['ratio']:.2f}** |" in text
+        assert row["ratio"] == pytest.approx(row["plain_s"] / row["fast_s"])
+        assert row["difference"] <= row["tolerance"]
+    assert result["settings"]["backbone"] == "toy" and result["settings"]["precision"] == "32"
+    assert [line["tasks learned"] for line in result["growth"]] == [1, 2]
+
+
+def test_reference_stores_every_branch_and_the_package_only_heads_and_bases(tmp_path):
+    bench = small_bench()
+    (fast_1, plain_1), (fast_4, plain_4) = (bench.growth(learned)["numbers stored"] for learned in (1, 4))
+    head, branch, most_basis = 2 * (32 + 1), 2 * 3 * 10 * 32, 2 * 32 * 16
+    assert plain_4 - plain_1 >= 3 * (head + branch)
+    assert fast_4 - fast_1 <= 3 * head + most_basis
+
+
+# ---- what it must notice ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_branch_that_is_not_merged_is_noticed(monkeypatch):
+    bench = small_bench()
+    bench.step_row()
+    monkeypatch.setattr(lora, "merge", lambda model: None)
+    with pytest.raises(Disagreement, match="training step: relative difference of a loss"):
+        bench.step_row()
+
+
+def test_a_memory_that_protects_too_much_is_noticed(monkeypatch):
+    bench = small_bench()
+    honest = DualGPM.update
+    monkeypatch.setattr(DualGPM, "update", lambda memory, covariance, threshold: honest(memory, covariance, 0.9999))
+    with pytest.raises(Disagreement, match="largest principal angle in rad, dimensions equal is inf"):
+        bench.subspace_row(0)
+
+
+def test_other_results_are_refused_and_so_is_nan():
+    def difference(value: float):
+        return compare(
+            "adding", lambda: value, lambda: 1.0, turns=1, measure="difference", distance=lambda a, b: abs(a - b), tolerance=0.5
+        )
+
+    assert difference(1.25).difference == 0.25
+    with pytest.raises(Disagreement, match="adding: difference is 1, above 0.5"):
+        difference(2.0)
+    with pytest.raises(Disagreement, match="adding: difference is nan"):
+        difference(math.nan)
+
+
+def test_the_sides_take_turns_after_a_warm_up():
+    calls = []
+    row = compare(
+        "calls",
+        lambda: calls.append("fast"),
+        lambda: calls.append("plain"),
+        turns=3,
+        measure="none",
+        distance=lambda a, b: 0.0,
+        tolerance=0.0,
+    )
+    assert calls == ["fast", "plain"] * 4
+    assert row.turns == 3 and row.ratio_low <= row.ratio_high
+
+
+# ---- measures -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_angle_between_subspaces():
+    axes = torch.eye(4, dtype=torch.float64)
+    tilted = torch.stack([axes[0], math.cos(0.1) * axes[1] + math.sin(0.1) * axes[2]], dim=1)
+    assert angle(tilted, axes[:, :2]) == pytest.approx(0.1)
+    assert angle(axes[:, [1, 0]] * -2, axes[:, :2]) < 1e-12
+    assert angle(axes[:, :1], axes[:, :2]) == math.inf
+
+
+def test_bytes_kept_for_backward_count_a_shared_tensor_once_and_no_weight():
+    linear = torch.nn.Linear(10, 20, bias=False)
+    x = torch.randn(7, 10)
+    assert kept_for_backward(lambda: linear(x).sum(), linear) == 7 * 10 * 4
+    assert kept_for_backward(lambda: (linear(x) + 2 * linear(x)).sum(), linear) == 7 * 10 * 4
+
+
+# ---- the reference itself, on spectra made by hand -------------------------------------------------------------------------------------
+
+
+def dimensions_and_kind(memory: reference.Memory) -> tuple[int, str]:
+    return memory[1].shape[1], memory[0]
+
+
+def test_reference_memory_follows_the_published_rules():
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05, 0, 0, 0, 0])
+    C = torch.diag(shares.sqrt())
+    assert dimensions_and_kind(reference.update(None, C, 0.9)) == (2, "remove")  # strictly below: 0.5, 0.8
+    assert dimensions_and_kind(reference.update(None, C, 0.1)) == (1, "remove")  # at least one
+    memory = reference.update(None, C, 0.9)
+    assert reference.update(memory, C, 0.75) is memory
+    assert dimensions_and_kind(reference.update(memory, C, 0.9)) == (3, "remove")
+    assert dimensions_and_kind(reference.update(memory, C, 0.99)) == (4, "remove")
+    switched = reference.update(memory, torch.eye(8), 0.7)  # 2 of 8 captured, 4 more needed: 6 used, 2 free
+    assert dimensions_and_kind(switched) == (2, "retain")
+    assert reference.project(C, switched).norm() < 1e-6
+    assert dimensions_and_kind(reference.update(switched, torch.eye(8), 0.8)) == (1, "retain")
+
+
+def test_reference_design_is_orthogonal_to_the_memory_with_rows_of_the_scale():
+    C = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    memory = ("remove", torch.eye(4)[:, :1])
+    expected = torch.tensor([[0.0, 0.5, 0, 0], [0, 0, 0.5, 0]])
+    torch.testing.assert_close(reference.design(C, memory, 2, 0.5).abs(), expected)
