@@ -111,15 +111,15 @@ class Trainer:
                     method.eval()  # also before the first task: what a task begins with must not depend on whether a run was stopped
                     self._seed("begin", task)
                     self.probe.before(method.backbone)
-                    with self._clock("subspace"), self.fabric.autocast():
+                    with self.records.clock("subspace"), self.fabric.autocast():
                         method.begin_task(task)
-                with self._clock("train"):
+                with self.records.clock("train"):
                     self._fit(method, task, inside, display)
                 self._seed("end", task)
-                with self._clock("subspace"), self.fabric.autocast():
+                with self.records.clock("subspace"), self.fabric.autocast():
                     method.eval()
                     method.end_task(task)
-                with self._clock("evaluate"):
+                with self.records.clock("evaluate"):
                     self._test(method, sequence, task)
                 self._save(method, {"stage": task.index + 1}, f"task{task.index}", boundary=True)
                 inside = None
@@ -280,14 +280,6 @@ class Trainer:
 
     def _seed(self, name: str, task: Task, *keys: int) -> None:
         seed_everything(self.seed, name, task.index, *keys)
-
-    @contextmanager
-    def _clock(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.records.wall_seconds[name] += time.monotonic() - began
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
