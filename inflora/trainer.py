@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from inflora.checkpoint import CheckpointFolder
-from inflora.data.tasks import Batches, Task, TaskSequence
+from inflora.data.tasks import Task, TaskSequence
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
@@ -148,14 +148,14 @@ class Trainer:
             method.train()
             method.begin_epoch(epoch)
             meter = Meter(position if epoch == position["epoch"] else None, task, epoch)
-            began = time.monotonic()
+            began, images = time.monotonic(), sum(batches.global_size(step) for step in range(meter.step, len(batches)))
             for step, (x, y) in enumerate(itertools.islice(batches, meter.step, None), start=meter.step):
                 self._step(method, optimizer, x, y, batches.global_size(step) if self.fabric.world_size > 1 else len(x), meter)
                 display.step(batches.global_size(step), meter, method)
                 if self._stop_requested:
                     self._save_inside(method, optimizer, task, meter.state(method, epoch, step + 1))
                     raise Interrupted
-            self._end_epoch(method, optimizer, task, epoch, meter, batches, time.monotonic() - began)
+            self._end_epoch(method, optimizer, task, epoch, meter, images / max(time.monotonic() - began, 1e-9))
 
     def _step(self, method: Method, optimizer: Any, x: Tensor, y: Tensor, global_size: int, meter: "Meter") -> None:
         """One batch: the optimiser steps of every loss the method gives."""
@@ -190,7 +190,7 @@ class Trainer:
                 return
             yield loss
 
-    def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", batches: Batches, seconds: float) -> None:
+    def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", images_per_second: float) -> None:
         losses = sum_over_processes(meter.losses())
         meter.check(losses)
         hits = torch.tensor(meter.hits(method), dtype=torch.float64, device=self.fabric.device)
@@ -203,7 +203,7 @@ class Trainer:
                 "loss": losses.mean().item(),
                 "training_accuracy": 100 * right / answers if answers else None,
                 "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": batches.num_images / max(seconds, 1e-9),
+                "images_per_second": images_per_second,
             },
         )
         self._save_inside(method, optimizer, task, Meter(None, task, epoch + 1).state(method, epoch + 1, 0))
