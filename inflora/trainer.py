@@ -286,7 +286,7 @@ class Trainer:
         """The first SIGINT or SIGTERM asks for a stop at the next safe point; a second SIGINT stops at once."""
 
         def request(number: int, frame: Any) -> None:
-            if self._stop_requested:
+            if self._stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._stop_requested = True
 
