@@ -1,0 +1,460 @@
+"""The loop: what is called when, stopping and going on at every point, losses, rates, testing."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+from helpers import num_rows, read_events, results, run_toy
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from inflora import checkpoint, run, trackers, trainer
+from inflora.method import Method
+from inflora.methods.inflora import InfLoRA
+from inflora.methods.linear_probe import LinearProbe
+from inflora.trainer import Interrupted, evaluate, trainable_groups
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+TWO_TASKS = ["dataset.num_tasks=2"]
+"""Two tasks of three classes: two epochs of three steps each."""
+
+PROBE = ["method=linear_probe", "dataset.num_tasks=2"]
+
+
+# ---- the order of calls ------------------------------------------------------------------------------------------------------------
+
+
+class Told(LinearProbe):
+    """Writes down what it is told, in which mode, for which task."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.calls: list[str] = CALLS
+
+    def tell(self, name: str) -> None:
+        self.calls.append(f"{name}{self.task.index}{'t' if self.training else 'e'}")
+
+    def begin_task(self, task: Any) -> None:
+        self.tell("begin")
+        super().begin_task(task)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        self.tell("groups")
+        return super().param_groups()
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.tell(f"epoch{epoch}:")
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        self.tell(f"loss{len(x)}:")
+        return super().loss(x, y)  # type: ignore[return-value]
+
+    def after_step(self) -> None:
+        self.tell("step")
+
+    def end_task(self, task: Any) -> None:
+        self.tell("end")
+
+    def predict(self, x: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()
+        self.tell("predict")
+        return super().predict(x)
+
+
+CALLS: list[str] = []
+
+
+def test_what_a_method_is_told(tmp_path):
+    CALLS.clear()
+    run_toy(tmp_path, *PROBE, "method._target_=test_trainer.Told")
+    assert len(CALLS) > 0
+    steps = ["loss8:{t}t", "step{t}t", "loss8:{t}t", "step{t}t", "loss2:{t}t", "step{t}t"]
+    task = ["begin{t}e", "groups{t}e", "epoch0:{t}t", *steps, "epoch1:{t}t", *steps, "end{t}e"]
+    expected = [call.format(t=0) for call in task] + ["predict0e"] + [call.format(t=1) for call in task] + ["predict1e"] * 2
+    assert expected == CALLS
+
+
+def test_a_method_that_trains_nothing_is_not_asked_for_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy.Frozen, "loss", lambda *_: pytest.fail("nothing trains"))
+    assert run_toy(tmp_path, *PROBE, "method._target_=toy.Frozen")["trainable_parameters_per_task"] == [0, 0]
+
+
+def test_several_losses_a_batch_are_as_many_steps(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(toy.TwoSteps, "after_step", lambda self: steps.append(self.task.index))
+    run_toy(tmp_path, *PROBE, "method._target_=toy.TwoSteps", "trainer.epochs=1")
+    assert steps == [0] * 6 + [1] * 6
+
+
+def test_a_generator_of_one_loss_is_that_loss(tmp_path, monkeypatch):
+    run_toy(tmp_path / "plain", *PROBE)
+    original = LinearProbe.loss
+    monkeypatch.setattr(LinearProbe, "loss", lambda self, x, y: iter([original(self, x, y)]))
+    run_toy(tmp_path / "generator", *PROBE)
+    assert results(tmp_path / "generator") == results(tmp_path / "plain")
+
+
+def test_groups_get_their_rates_and_everything_else_is_frozen():
+    method = Method(toy.toy_vit())
+    head, other = nn.Linear(2, 3), nn.Linear(2, 2)
+    method.extra = nn.ModuleList([head, other])
+    method.param_groups = lambda: [  # type: ignore[method-assign]
+        {"params": iter(head.parameters()), "role": "head"},
+        {"params": [], "role": "branch"},
+    ]
+    groups = trainable_groups(method, {"branch": 0.1, "head": 0.2})
+    assert [(len(group["params"]), group["lr"], group["role"]) for group in groups] == [(2, 0.2, "head")]
+    assert {name for name, p in method.named_parameters() if p.requires_grad} == {"extra.0.weight", "extra.0.bias"}
+
+
+def test_rates_follow_the_schedule(tmp_path, monkeypatch):
+    seen = []
+    original = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        seen.append([(group["role"], group["lr"]) for group in self.param_groups])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    run_toy(
+        tmp_path, "dataset.num_tasks=1", "trainer.epochs=3", "trainer.batch_size=100", "optimizer=sgd", "optimizer.lr=0.4",
+        "optimizer.head_lr=0.2", "scheduler=step", "scheduler.milestones=[1,2]", "scheduler.gamma=0.5",
+    )  # fmt: skip
+    assert seen == [[("branch", 0.4 * f), ("head", 0.2 * f)] for f in (1.0, 0.5, 0.25)]
+    assert [event["lr"] for event in read_events(tmp_path, "epoch")] == [0.4, 0.2, 0.1]
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
+    norms = []
+    original = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        norms.append(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm().item())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    run_toy(tmp_path / "free", *PROBE, "optimizer=sgd", "trainer.epochs=1")
+    assert min(norms) > 0.01
+    norms.clear()
+    run_toy(tmp_path / "clipped", *PROBE, "optimizer=sgd", "trainer.epochs=1", "trainer.grad_clip=0.01")
+    assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+def test_training_as_written_by_hand(tmp_path):
+    """The whole loop against ten lines of plain torch."""
+    folder = tmp_path / "run"
+    run_toy(
+        folder, "method=linear_probe", "dataset.num_tasks=1", "trainer.epochs=3", "optimizer=sgd", "optimizer.lr=0.1", "scheduler=constant"
+    )
+    state = checkpoint.CheckpointFolder(folder / "checkpoints").latest()
+    start = checkpoint.load(folder / "checkpoints" / "base.safetensors")
+    assert state is not None
+    vit = toy.toy_vit()
+    vit.load_state_dict({k.removeprefix("backbone."): v for k, v in start["method"]["tensors"].items()})
+    task = toy.sequence(1)[0]
+    from inflora.seeding import seed_everything
+
+    seed_everything(0, "begin", 0)
+    head = nn.Linear(toy.EMBED_DIM, 6)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for epoch in range(3):
+        losses.append([])
+        for x, y in task.batches("train", stream="fit", epoch=epoch):
+            with torch.no_grad():
+                features = vit(x)
+            loss = nn.functional.cross_entropy(head(features), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(state["method"]["tensors"]["heads.heads.0.weight"], head.weight.detach())
+    found = [event["loss"] for event in read_events(folder, "epoch")]
+    assert found == pytest.approx([np.mean(epoch) for epoch in losses], rel=1e-4)
+
+
+# ---- testing -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_counts_as_a_loop_over_images_does():
+    tasks = toy.sequence(3, task_sizes=[3, 1, 2], eval_batch_size=5)
+    method = LinearProbe(toy.toy_vit())
+    for task in tasks:
+        method.begin_task(task)
+    rates = evaluate(method, tasks.tasks, tasks.class_to_task, Fabric(accelerator="cpu"))
+    expected = np.zeros((3, 3))
+    bounds = [(0, 3), (3, 4), (4, 6)]
+    for t, task in enumerate(tasks):
+        for x, y in task.test_batches():
+            for image, label in zip(x, y.tolist(), strict=True):
+                with torch.no_grad():
+                    scores = method.predict(image[None])[0]
+                best = int(scores.argmax())
+                start, stop = bounds[t]
+                hits = best == label, start + int(scores[start:stop].argmax()) == label, start <= best < stop
+                expected[:, t] += np.array(hits) / task.num_test
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
+    assert not method.training
+
+
+# ---- stopping and going on ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nobody catches it: as near to a kill as one process can come. test_resume_slow.py has real ones."""
+
+
+def count_and_kill(monkeypatch: pytest.MonkeyPatch, kill_at: int | None) -> list[str]:
+    """Every call that does or saves something counts; the one numbered `kill_at` does not happen any more."""
+    calls: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) - 1 == kill_at:
+                raise Killed
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("begin_task", "loss", "end_task", "predict"):
+        watch(InfLoRA, name)
+    watch(checkpoint, "write_atomically")
+    watch(run, "write_atomically")
+    watch(trackers, "write_atomically")
+    watch(trackers.JsonlTracker, "log")
+    return calls
+
+
+@pytest.mark.parametrize("epochs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_anywhere_a_run_ends_with_the_same_bits(epochs, tmp_path):
+    short = [*TWO_TASKS, "+dataset.options.num_classes=4", "trainer.batch_size=6", f"trainer.epochs={epochs}"]
+    with pytest.MonkeyPatch.context() as patch:
+        calls = count_and_kill(patch, None)
+        run_toy(tmp_path / "whole", *short)
+    assert calls.count("loss") == 4 * epochs and calls.count("begin_task") == calls.count("end_task") == 2
+    whole = results(tmp_path / "whole")
+    for position, name in enumerate(calls):
+        folder = tmp_path / f"killed at {position}"
+        with pytest.MonkeyPatch.context() as patch:
+            count_and_kill(patch, position)
+            with pytest.raises(Killed):
+                run_toy(folder, *short)
+        run_toy(folder, *short)
+        assert results(folder) == whole, f"killed at call {position}, {name}"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["method=sequential"], ["method=sequential_full"], ["method=joint"], ["method=linear_probe", "method._target_=toy.TwoSteps"]],
+)
+def test_every_kind_of_method_goes_on_inside_a_stage(overrides, tmp_path, monkeypatch):
+    run_toy(tmp_path / "whole", *TWO_TASKS, *overrides)
+    folder = tmp_path / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGTERM, at=3 if "method=joint" in overrides else 7)
+        with pytest.raises(Interrupted):
+            run_toy(folder, *TWO_TASKS, *overrides)
+    run_toy(folder, *TWO_TASKS, *overrides)
+    assert results(folder) == results(tmp_path / "whole")
+
+
+def stop_in(patch: pytest.MonkeyPatch, owner: Any, name: str, number: signal.Signals, at: int) -> list[int]:
+    """Raise a signal in call `at` of a function."""
+    original: Callable[..., Any] = getattr(owner, name)
+    calls: list[int] = []
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        if calls[-1] == at:
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, signalled)
+    return calls
+
+
+def test_a_signal_stops_after_the_batch_and_nothing_is_done_twice(tmp_path):
+    run_toy(tmp_path / "whole", *TWO_TASKS)
+    whole = results(tmp_path / "whole")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    for at in range(12):  # every batch of the run
+        folder = tmp_path / f"stopped in batch {at}"
+        with pytest.MonkeyPatch.context() as patch:
+            calls = stop_in(patch, InfLoRA, "loss", (signal.SIGINT, signal.SIGTERM)[at % 2], at)
+            with pytest.raises(Interrupted):
+                run_toy(folder, *TWO_TASKS)
+            assert len(calls) == at + 1
+            assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+            run_toy(folder, *TWO_TASKS)
+            assert len(calls) == 12
+        assert results(folder) == whole, f"stopped in batch {at}"
+
+
+@pytest.mark.parametrize("owner, name, at", [(InfLoRA, "begin_task", 1), (InfLoRA, "end_task", 0), (trainer, "evaluate", 1)])
+def test_a_signal_between_batches_waits_for_a_safe_point(owner, name, at, tmp_path):
+    run_toy(tmp_path / "whole", *TWO_TASKS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, owner, name, signal.SIGTERM, at)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path / "stopped", *TWO_TASKS)
+    run_toy(tmp_path / "stopped", *TWO_TASKS)
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, monkeypatch):
+    original = InfLoRA.loss
+    calls = []
+
+    def loss(self: InfLoRA, x: Tensor, y: Tensor) -> Tensor:
+        calls.append("loss")
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # a machine's scheduler may ask more than once; that is no reason to hurry
+            calls.append("in no hurry")
+            signal.raise_signal(signal.SIGINT)
+        return original(self, x, y)
+
+    monkeypatch.setattr(InfLoRA, "loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path, *TWO_TASKS)
+    assert calls == ["loss"] * 4 + ["in no hurry"]
+    monkeypatch.setattr(InfLoRA, "loss", original)
+    run_toy(tmp_path, *TWO_TASKS)
+    assert num_rows(tmp_path) == 2
+
+
+def test_the_clocks_of_a_stopped_run_are_added_up(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    original = LinearProbe.loss
+
+    def loss(self: LinearProbe, x: Tensor, y: Tensor) -> Any:
+        clock[0] += 10
+        return original(self, x, y)
+
+    monkeypatch.setattr(LinearProbe, "loss", loss)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGINT, at=7)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path, *PROBE)
+    clock[0] += 5000  # time in which the run did not run
+    wall = run_toy(tmp_path, *PROBE)["wall_seconds"]
+    assert wall == {"subspace": 0.0, "train": 120.0, "evaluate": 0.0, "other": 0.0, "total": 120.0}
+
+
+def test_a_stopped_epoch_reports_the_speed_of_what_it_did(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    original = LinearProbe.loss
+
+    def loss(self: LinearProbe, x: Tensor, y: Tensor) -> Any:
+        clock[0] += len(x)
+        return original(self, x, y)
+
+    monkeypatch.setattr(LinearProbe, "loss", loss)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGINT, at=1)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path, *PROBE)
+    run_toy(tmp_path, *PROBE)
+    assert [event["images_per_second"] for event in read_events(tmp_path, "epoch")] == [1.0] * 4
+
+
+def test_a_method_in_training_mode_is_not_what_tasks_begin_with(tmp_path):
+    """A backbone with dropout looks at the task's images the same way in a run that goes on between two tasks."""
+    common = [*TWO_TASKS, "method._target_=test_trainer.Dropping"]
+    run_toy(tmp_path / "whole", *common)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, InfLoRA, "end_task", signal.SIGTERM, at=0)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path / "stopped", *common)
+    run_toy(tmp_path / "stopped", *common)
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+class Dropping(InfLoRA):
+    """InfLoRA on a backbone with dropout."""
+
+    def __init__(self, backbone: Any, **arguments: Any) -> None:
+        super().__init__(backbone, **arguments)
+        backbone.pos_drop.p = 0.5
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    run_toy(tmp_path / "whole", *TWO_TASKS)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGTERM, at=4)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path / "stopped", *TWO_TASKS)
+    newest = sorted((tmp_path / "stopped" / "checkpoints").glob("0*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    run_toy(tmp_path / "stopped", *TWO_TASKS)
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+def test_mixed_precision_goes_on_too(tmp_path):
+    common = [*TWO_TASKS, "trainer.precision=bf16"]
+    run_toy(tmp_path / "whole", *common)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGTERM, at=7)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path / "stopped", *common)
+    run_toy(tmp_path / "stopped", *common)
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+    weights = checkpoint.CheckpointFolder(tmp_path / "whole" / "checkpoints").latest()
+    assert weights is not None
+    assert {value.dtype for value in weights["method"]["tensors"].values()} == {torch.float32}
+
+
+def test_progress_is_not_drawn_where_there_is_no_terminal(tmp_path, capsys):
+    run_toy(tmp_path, *PROBE, "trainer.progress=true", "trainer.epochs=1")
+    assert "%" not in capsys.readouterr().err.replace(" % over", "").replace(" % with", "")
+
+
+def test_progress_is_drawn_on_a_terminal(tmp_path, monkeypatch):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from inflora import progress
+
+    screen = StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=screen, force_terminal=True, width=150))
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.0)
+    run_toy(tmp_path, *PROBE, "trainer.progress=true")
+    drawn = screen.getvalue()
+    assert "task 2/2" in drawn and "epoch 2/2" in drawn and "loss" in drawn and "images/s" in drawn and "100 %" in drawn
+    epochs = read_events(tmp_path, "epoch")
+    assert all(0 <= event["training_accuracy"] <= 100 for event in epochs)
+
+
+def test_the_progress_display_changes_no_number(tmp_path, monkeypatch):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from inflora import progress
+
+    run_toy(tmp_path / "without", *PROBE)
+    monkeypatch.setattr(progress, "console", Console(file=StringIO(), force_terminal=True, width=150))
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.0)
+    run_toy(tmp_path / "with", *PROBE, "trainer.progress=true")
+    assert results(tmp_path / "with") == results(tmp_path / "without")
+
+
+def test_json_of_a_run_is_strict_even_where_a_method_says_nan(tmp_path, monkeypatch):
+    monkeypatch.setattr(LinearProbe, "diagnostics", lambda self: {"odd": float("nan"), "array": np.ones(2), "folder": Path("x")})
+    run_toy(tmp_path, *PROBE, "trainer.epochs=1")
+    (first, _) = read_events(tmp_path, "task")
+    assert (first["odd"], first["array"], first["folder"]) == (None, [1.0, 1.0], "x")
+    assert json.loads((tmp_path / "summary.json").read_text())["num_tasks"] == 2
