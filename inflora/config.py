@@ -32,7 +32,7 @@ class BackboneConfig:
 
     name: str = MISSING
     pretrained: bool = MISSING
-    checkpoint: str | None = None
+    checkpoint: str | None = MISSING  # a default here would stand in for a yaml's `???`
 
 
 @dataclass
