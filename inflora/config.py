@@ -1,9 +1,14 @@
 """Types of what the core reads from the configuration, as Hydra schemas; defaults live in conf/."""
 
+from collections.abc import Mapping
+from collections.abc import Sequence as AbstractSequence
+import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 
@@ -81,6 +86,8 @@ AT_LEAST = {
     "trainer.num_devices": 1,
     "trainer.num_workers": 0,
     "seed": 0,
+    "optimizer.lr": 0,
+    "optimizer.head_lr": 0,
 }
 
 
@@ -89,8 +96,17 @@ class ConfigurationError(ValueError):
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name `schema`."""
+    """Make the schema known to Hydra under the name `schema`, and `${folder_name:...}` to OmegaConf."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def folder_name(overrides: str) -> str:
+    """A job's overrides as the name of one folder: no slashes, and at most 200 bytes, of which the last are then a hash."""
+    name = overrides.replace("/", "_")
+    if len(name.encode()) <= 200:
+        return name
+    return f"{name.encode()[:190].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def check(cfg: DictConfig) -> None:
@@ -108,7 +124,61 @@ def check(cfg: DictConfig) -> None:
                 faults.append(f"{key}={value} is not known; choose one of {', '.join(allowed)}")
         for key, least in AT_LEAST.items():
             value = OmegaConf.select(cfg, key)
-            if value < least:
+            if not _fits(value, float):
+                faults.append(f"{key}={value} does not fit; it must be {_in_words(float)}")
+            elif value < least:
                 faults.append(f"{key}={value} is too small; choose {least} or more")
+        clip = cfg.trainer.grad_clip
+        if clip is not None and clip <= 0:
+            faults.append(f"trainer.grad_clip={clip} is too small; choose more than 0, or null for no clipping")
     if faults:
         raise ConfigurationError("\n".join(faults))
+
+
+def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
+    """Compare a plug-in's settings with the types its class or function declares; what cannot be understood is let through.
+
+    Args:
+        group: the config group, for the message.
+        settings: its keys, with `_target_`.
+
+    Raises:
+        ConfigurationError: one sentence for each value that does not fit.
+    """
+    try:
+        target = get_object(settings["_target_"])
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"{group}._target_={settings['_target_']} cannot be imported: {error}") from error
+    try:
+        hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
+    except NameError:  # names that exist for type checkers only
+        return
+    wrong = [key for key, value in settings.items() if key in hints and not _fits(value, hints[key])]
+    if wrong:
+        faults = (f"{group}.{key}={settings[key]} does not fit; it must be {_in_words(hints[key])}" for key in wrong)
+        raise ConfigurationError("\n".join(faults))
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) in (list, AbstractSequence):
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, NoneType) else True
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) in (list, AbstractSequence):
+        return f"a list, each item {_in_words(get_args(hint)[0])}"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    return _WORDS.get(hint, str(hint))

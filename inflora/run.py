@@ -163,16 +163,16 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
     trackers = Trackers([])
     if fabric.is_global_zero:
         _write_configuration(folder, plain, origin)
-        trackers = Trackers([JsonlTracker(folder=folder), _instantiate(plain["tracker"], folder=folder)])
+        trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
     records = Records(parts.sequence.num_tasks)
     try:
         trainer = Trainer(
             fabric,
             epochs=plain["trainer"]["epochs"],
-            optimizer=_instantiate({key: value for key, value in plain["optimizer"].items() if key != "head_lr"}),
+            optimizer=_instantiate("optimizer", {key: value for key, value in plain["optimizer"].items() if key != "head_lr"}),
             lr=plain["optimizer"]["lr"],
             head_lr=plain["optimizer"]["head_lr"],
-            schedule=_instantiate(plain["scheduler"]),
+            schedule=_instantiate("scheduler", plain["scheduler"]),
             grad_clip=plain["trainer"]["grad_clip"],
             seed=plain["seed"],
             folder=folder,
@@ -194,8 +194,13 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
     return found
 
 
-def _instantiate(config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
-    """Hydra's `instantiate`, letting the errors that a constructor means for the user through as they are."""
+def _instantiate(group: str, config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+    """Hydra's `instantiate` for the settings of a config group; errors that a constructor means for the user come through as they are.
+
+    Raises:
+        ConfigurationError: if a value has not the type that the constructor declares.
+    """
+    configuration.check_arguments(group, config)
     try:
         return instantiate(config, *arguments, _convert_="all", **keywords)
     except InstantiationException as error:
@@ -220,7 +225,7 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
         load_images()  # where both are missing, the images are the larger errand: say that first
         raise
     seed_everything(plain["seed"], "method")
-    method: Method = _instantiate(plain["method"], backbone.model)
+    method: Method = _instantiate("method", plain["method"], backbone.model)
     # After the method, which checks its arguments: decoding images may take minutes.
     splits = load_images()
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
@@ -358,12 +363,14 @@ def _logging(folder: Path, enabled: bool) -> Iterator[None]:
     to_screen = ConsoleHandler()
     level, handlers = log.level, [to_file, to_screen]
     log.setLevel(logging.INFO)
+    log.propagate = False  # in a multirun Hydra's own handler would print every line again
     for handler in handlers:
         log.addHandler(handler)
     try:
         yield
     finally:
         log.setLevel(level)
+        log.propagate = True
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()
