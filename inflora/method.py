@@ -37,7 +37,7 @@ class Method(nn.Module):
         num_pretrained: numbers in the backbone as it came, before a method adds anything to it.
         heads: the classification heads, one per task.
         task: the stage being trained; set by the trainer before `begin_task`, and again when a run is resumed inside a stage.
-        sample_ids: (b,) positions, within the task's training images, of the batch given to `loss`; set by the trainer.
+        sample_ids: (b,) positions, within the task's training images, of the batch given to `loss`, on the CPU; set by the trainer.
     """
 
     stream: ClassVar[str] = "tasks"

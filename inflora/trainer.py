@@ -150,6 +150,7 @@ class Trainer:
             meter = Meter(position if epoch == position["epoch"] else None, task, epoch)
             began, images = time.monotonic(), sum(batches.global_size(step) for step in range(meter.step, len(batches)))
             for step, (x, y) in enumerate(itertools.islice(batches, meter.step, None), start=meter.step):
+                method.sample_ids = batches.sample_ids(step)
                 self._step(method, optimizer, x, y, batches.global_size(step) if self.fabric.world_size > 1 else len(x), meter)
                 display.step(batches.global_size(step), meter, method)
                 if self._stop_requested:

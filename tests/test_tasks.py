@@ -311,6 +311,31 @@ def test_processes_share_the_batches_of_one(size: int | None, world_size: int) -
     assert passes[2][-1][0].shape == (0, 3, 8, 8), "twenty images, nineteen a batch: the last batch leaves nothing for the second process"
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_know_which_images_they_hold(world_size: int) -> None:
+    """Without augmentation an image of a shuffled pass is the one at its position in the task's images, in every process."""
+    plain = build_transforms("shift_flip", 8)[1]
+    parts = [
+        sequence(transforms=(plain, plain), loading=replace(LOADING, batch_size=19, rank=rank, world_size=world_size))[1]
+        for rank in range(world_size)
+    ]
+    images = collect(sequence(transforms=(plain, plain))[1].batches("test", stream="look"))[0]
+    found = []
+    for part in parts:
+        batches = part.batches("train", stream="fit")
+        for step, (x, y) in enumerate(batches):
+            ids = batches.sample_ids(step)
+            assert torch.equal(x, images[ids]) and torch.equal(y, part.train_labels[ids])
+            found += ids.tolist()
+    assert sorted(found) == list(range(20)) and found != sorted(found)
+    in_order = parts[0].batches("test", stream="look")  # batches of seven
+    assert [in_order.sample_ids(step).tolist() for step in range(3)] == [
+        list(range(start, stop, world_size)) for start, stop in ((0, 7), (7, 14), (14, 20))
+    ]
+    few = sequence()[1].test_batches(limit=4)
+    assert few.sample_ids(0).tolist() == [0, 2, 5, 7]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_images_that_do_not_fit_come_from_threads_unchanged(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []

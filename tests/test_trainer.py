@@ -93,6 +93,22 @@ def test_several_losses_a_batch_are_as_many_steps(tmp_path, monkeypatch):
     assert steps == [0] * 6 + [1] * 6
 
 
+def test_a_method_knows_which_images_a_batch_holds(tmp_path, monkeypatch):
+    seen = []
+    original = LinearProbe.loss
+
+    def loss(self: LinearProbe, x: Tensor, y: Tensor) -> Any:
+        assert torch.equal(self.task.train_labels[self.sample_ids], y)
+        seen.extend(self.sample_ids.tolist())
+        return original(self, x, y)
+
+    monkeypatch.setattr(LinearProbe, "loss", loss)
+    run_toy(tmp_path, *PROBE)
+    epochs = [seen[start : start + 18] for start in range(0, len(seen), 18)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 4, "each image once an epoch"
+    assert epochs[0] != epochs[1]
+
+
 def test_a_generator_of_one_loss_is_that_loss(tmp_path, monkeypatch):
     run_toy(tmp_path / "plain", *PROBE)
     original = LinearProbe.loss

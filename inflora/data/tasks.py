@@ -187,6 +187,7 @@ class Batches:
         pool: _Pool,
         rows: Tensor,
         labels: Tensor,
+        order: Tensor,
         transform: "Transform",
         *,
         batch_size: int,
@@ -194,11 +195,12 @@ class Batches:
         augment_key: int | None = None,
     ) -> None:
         """Args:
-        rows: (n,) rows of the pool, in the order of the pass.
-        labels: (n,) internal labels of these rows.
+        rows: rows of the pool, one for each image of the task.
+        labels: internal labels of these rows.
+        order: (n,) positions in these two, in the order of the pass.
         augment_key: the stream of the transform's random draws; None for a transform that draws none.
         """
-        self._pool, self._rows, self._labels, self._transform = pool, rows, labels, transform
+        self._pool, self._rows, self._labels, self._order, self._transform = pool, rows[order], labels[order], order, transform
         self._batch_size, self._loading, self._augment_key = batch_size, loading, augment_key
 
     @property
@@ -212,6 +214,15 @@ class Batches:
     def global_size(self, step: int) -> int:
         """Images of batch `step`, over all processes."""
         return min(self._batch_size, self.num_images - step * self._batch_size)
+
+    def sample_ids(self, step: int) -> Tensor:
+        """(b,) positions of this process's part of batch `step` within the task's images; on the CPU."""
+        return self._order[self._positions(step)]
+
+    def _positions(self, step: int) -> Tensor:
+        """(b,) positions in the pass of this process's part of batch `step`."""
+        start = step * self._batch_size
+        return torch.arange(start, start + self.global_size(step))[self._loading.rank :: self._loading.world_size]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         labels = self._labels.to(self._loading.device)
@@ -229,11 +240,10 @@ class Batches:
 
     def _load(self, step: int) -> _Loaded:
         """This process's images of batch `step`."""
-        start = step * self._batch_size
-        positions = torch.arange(start, start + self.global_size(step))[self._loading.rank :: self._loading.world_size]
+        positions = self._positions(step)
         size = len(positions)
         if size == 0:  # one image, dropped again after the transform, tells the shape of x
-            positions = torch.tensor([start])
+            positions = torch.tensor([step * self._batch_size])
         chunks = [positions[chunk] for chunk in self._pool.chunks(self._rows[positions])]
         return positions, size, [(chunk, *self._pool.fetch(self._rows[chunk])) for chunk in chunks]
 
@@ -299,12 +309,14 @@ class Task:
         pool, rows, labels = self._train
         seed = self._loading.seed
         if view == "test":
-            return Batches(pool, rows, labels, self._transforms[1], batch_size=self._loading.eval_batch_size, loading=self._loading)
+            order = torch.arange(len(rows))
+            return Batches(pool, rows, labels, order, self._transforms[1], batch_size=self._loading.eval_batch_size, loading=self._loading)
         order = torch.randperm(len(rows), generator=generator(seed, f"{stream}:order", self.index, epoch))
         return Batches(
             pool,
-            rows[order],
-            labels[order],
+            rows,
+            labels,
+            order,
             self._transforms[0],
             batch_size=self._loading.batch_size,
             loading=self._loading,
@@ -314,10 +326,10 @@ class Task:
     def test_batches(self, limit: int | None = None) -> Batches:
         """A pass over the task's test images, in order; with `limit`, over that many, evenly spaced."""
         pool, rows, labels = self._test
+        order = torch.arange(len(rows))
         if limit is not None and limit < len(rows):
-            chosen = torch.linspace(0, len(rows) - 1, limit).round().long()
-            rows, labels = rows[chosen], labels[chosen]
-        return Batches(pool, rows, labels, self._transforms[1], batch_size=self._loading.eval_batch_size, loading=self._loading)
+            order = torch.linspace(0, len(rows) - 1, limit).round().long()
+        return Batches(pool, rows, labels, order, self._transforms[1], batch_size=self._loading.eval_batch_size, loading=self._loading)
 
 
 class TaskSequence:
