@@ -366,13 +366,18 @@ def trainable_groups(method: Method, rates: dict[str, float]) -> list[dict[str, 
 
 
 def sum_gradients(parameters: Sequence[Tensor], flag: bool) -> bool:
-    """Sum the gradients over the processes, in one message; returns whether any process raised its flag."""
-    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([piece.reshape(-1) for piece in pieces] + [pieces[0].new_full((1,), float(flag))])
-    sum_over_processes(flat)
-    for parameter, piece in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = piece.view_as(parameter)
-    return bool(flat[-1] > 0)
+    """Sum the gradients over the processes, in one message; returns whether any process raised its flag.
+
+    A parameter that has a gradient in no process gets none: optimisers pass over it, where zeros would still decay and move it.
+    """
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    marks = gradients[0].new_tensor([float(p.grad is not None) for p in parameters] + [float(flag)])
+    flat = sum_over_processes(torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks]))
+    *sums, marks = flat.split([*(p.numel() for p in parameters), len(marks)])
+    *has_gradient, is_flagged = (marks > 0).tolist()
+    for parameter, total, exists in zip(parameters, sums, has_gradient, strict=True):
+        parameter.grad = total.view_as(parameter) if exists else None
+    return is_flagged
 
 
 @torch.inference_mode()

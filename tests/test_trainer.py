@@ -196,6 +196,21 @@ def test_training_as_written_by_hand(tmp_path):
     assert found == pytest.approx([np.mean(epoch) for epoch in losses], rel=1e-4)
 
 
+# ---- several processes -------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_summed_and_missing_ones_stay_missing(monkeypatch):
+    """As in one process: an optimiser passes over what is frozen, or what a loss does not depend on."""
+    both, other, neither = (nn.Parameter(torch.zeros(size)) for size in (2, 3, 1))
+    both.grad = torch.tensor([1.0, 2.0])
+    of_the_other_process = torch.tensor([10.0, 20.0, 3.0, 4.0, 5.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    monkeypatch.setattr(trainer, "sum_over_processes", lambda flat: flat.add_(of_the_other_process))
+    assert trainer.sum_gradients([both, other, neither], False) is True, "the other process was asked to stop"
+    assert both.grad.tolist() == [11.0, 22.0]
+    assert other.grad is not None and other.grad.tolist() == [3.0, 4.0, 5.0]
+    assert neither.grad is None
+
+
 # ---- testing -----------------------------------------------------------------------------------------------------------------------
 
 
