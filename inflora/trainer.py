@@ -162,7 +162,8 @@ class Trainer:
         """One batch: the optimiser steps of every loss the method gives."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         share = len(x) / global_size  # a process weighs as many images as it has: the sum over processes is the mean over the batch
-        for loss in self._losses(method, x, y):
+        loss = None
+        for loss in self._losses(method, x, y, global_size):
             optimizer.zero_grad()
             if loss is not None and loss.requires_grad:
                 self.fabric.backward(loss * share if share != 1 else loss)
@@ -174,20 +175,23 @@ class Trainer:
             method.after_step()
         meter.add(torch.zeros((), device=x.device) if loss is None else loss.detach() * share)
 
-    def _losses(self, method: Method, x: Tensor, y: Tensor) -> Iterator[Tensor | None]:
-        """The method's losses, each computed when asked for, under mixed precision. None stands for a process without images."""
-        if len(x) == 0:
-            yield None
-            return
-        with self.fabric.autocast():
-            losses = method.loss(x, y)
-        if isinstance(losses, Tensor):
-            yield losses
-            return
+    def _losses(self, method: Method, x: Tensor, y: Tensor, global_size: int) -> Iterator[Tensor | None]:
+        """The method's losses, each computed when asked for, under mixed precision.
+
+        A process without images gives None as often as the others give a loss: they meet at every step to sum the gradients.
+        """
+        losses: Iterator[Tensor] = iter(())
+        if len(x) > 0:
+            with self.fabric.autocast():
+                found = method.loss(x, y)
+            losses = iter([found]) if isinstance(found, Tensor) else found
         while True:
             with self.fabric.autocast():
                 loss = next(losses, None)
-            if loss is None:
+            is_step = loss is not None
+            if global_size < self.fabric.world_size:  # somebody has no images
+                is_step = self._in_any_process(is_step)
+            if not is_step:
                 return
             yield loss
 
@@ -278,6 +282,10 @@ class Trainer:
         self.fabric.barrier()
 
     # ---- small helpers ----
+
+    def _in_any_process(self, flag: bool) -> bool:
+        """Whether the flag is up in any process; each of them has to ask."""
+        return bool(sum_over_processes(torch.tensor(int(flag), device=self.fabric.device)) > 0)
 
     def _seed(self, name: str, task: Task, *keys: int) -> None:
         seed_everything(self.seed, name, task.index, *keys)

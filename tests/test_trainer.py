@@ -1,9 +1,11 @@
 """The loop: what is called when, stopping and going on at every point, losses, rates, testing."""
 
+import contextlib
 import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,19 @@ def test_gradients_are_summed_and_missing_ones_stay_missing(monkeypatch):
     assert both.grad.tolist() == [11.0, 22.0]
     assert other.grad is not None and other.grad.tolist() == [3.0, 4.0, 5.0]
     assert neither.grad is None
+
+
+def test_a_process_without_images_takes_part_in_every_step(monkeypatch):
+    loop = object.__new__(trainer.Trainer)
+    loop.fabric = SimpleNamespace(world_size=2, device="cpu", autocast=contextlib.nullcontext)  # type: ignore[assignment]
+    method = toy.TwoSteps(toy.toy_vit())
+    method.begin_task(toy.sequence(1)[0])
+    x, y = torch.zeros(1, 3, toy.IMAGE_SIZE, toy.IMAGE_SIZE), torch.zeros(1, dtype=torch.long)
+    answers = iter([1, 1, 0])  # of the other process, which has the image: two losses, then no more
+    monkeypatch.setattr(trainer, "sum_over_processes", lambda flag: flag + next(answers))
+    assert list(loop._losses(method, x[:0], y[:0], global_size=1)) == [None, None]
+    monkeypatch.setattr(trainer, "sum_over_processes", lambda flag: flag)
+    assert [loss is not None and loss.item() > 0 for loss in loop._losses(method, x, y, global_size=1)] == [True, True]
 
 
 # ---- testing -----------------------------------------------------------------------------------------------------------------------
