@@ -151,29 +151,34 @@ class Trainer:
             began, images = time.monotonic(), sum(batches.global_size(step) for step in range(meter.step, len(batches)))
             for step, (x, y) in enumerate(itertools.islice(batches, meter.step, None), start=meter.step):
                 method.sample_ids = batches.sample_ids(step)
-                self._step(method, optimizer, x, y, batches.global_size(step) if self.fabric.world_size > 1 else len(x), meter)
+                stop = self._step(method, optimizer, x, y, batches.global_size(step), meter)
                 display.step(batches.global_size(step), meter, method)
-                if self._stop_requested:
+                if stop:
                     self._save_inside(method, optimizer, task, meter.state(method, epoch, step + 1))
                     raise Interrupted
             self._end_epoch(method, optimizer, task, epoch, meter, images / max(time.monotonic() - began, 1e-9))
 
-    def _step(self, method: Method, optimizer: Any, x: Tensor, y: Tensor, global_size: int, meter: "Meter") -> None:
-        """One batch: the optimiser steps of every loss the method gives."""
+    def _step(self, method: Method, optimizer: Any, x: Tensor, y: Tensor, global_size: int, meter: "Meter") -> bool:
+        """One batch: the optimiser steps of every loss the method gives.
+
+        Returns:
+            Whether the run shall stop. A signal may come between any two lines, so the processes do what was agreed with the gradients.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         share = len(x) / global_size  # a process weighs as many images as it has: the sum over processes is the mean over the batch
-        loss = None
+        loss, stop = None, False
         for loss in self._losses(method, x, y, global_size):
             optimizer.zero_grad()
             if loss is not None and loss.requires_grad:
                 self.fabric.backward(loss * share if share != 1 else loss)
             if self.fabric.world_size > 1:
-                self._stop_requested = sum_gradients(parameters, self._stop_requested)
+                stop = sum_gradients(parameters, self._stop_requested)
             if self.grad_clip is not None:
                 self.fabric.clip_gradients(method, optimizer, max_norm=self.grad_clip, error_if_nonfinite=False)
             optimizer.step()
             method.after_step()
-        meter.add(torch.zeros((), device=x.device) if loss is None else loss.detach() * share)
+        meter.add(torch.zeros((), device=x.device) if loss is None else loss.detach(), share)
+        return stop if self.fabric.world_size > 1 else self._stop_requested
 
     def _losses(self, method: Method, x: Tensor, y: Tensor, global_size: int) -> Iterator[Tensor | None]:
         """The method's losses, each computed when asked for, under mixed precision.
@@ -196,10 +201,9 @@ class Trainer:
             yield loss
 
     def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", images_per_second: float) -> None:
-        losses = sum_over_processes(meter.losses())
+        losses = meter.losses()
         meter.check(losses)
-        hits = torch.tensor(meter.hits(method), dtype=torch.float64, device=self.fabric.device)
-        right, answers = sum_over_processes(hits).tolist()
+        right, answers = meter.total_hits(method)
         self.trackers.log(
             "epoch",
             {
@@ -277,9 +281,9 @@ class Trainer:
                 "trackers": self.trackers.position(),
             }
             self.checkpoints.save(state, tag, boundary=boundary)
-        if boundary and self._stop_requested and self.fabric.world_size == 1:
-            raise Interrupted
         self.fabric.barrier()
+        if boundary and self._in_any_process(self._stop_requested):
+            raise Interrupted
 
     # ---- small helpers ----
 
@@ -310,37 +314,49 @@ class Trainer:
 class Meter:
     """Losses and right answers of one epoch, kept on the device so that nothing waits for it.
 
+    What a stopped epoch had found is that of all processes; what is added here is this one's, until a total is asked for.
+
     Args:
         position: where a stopped epoch goes on; None for a fresh one.
     """
 
     def __init__(self, position: dict[str, Any] | None, task: Task, epoch: int) -> None:
         self.step: int = position["step"] if position else 0
-        self._before: Tensor = position["losses"] if position else torch.zeros(0)
-        self._hits, self._answers = (position["hits"], position["answers"]) if position else (0, 0)
+        self._losses_before: Tensor = position["losses"] if position else torch.zeros(0)
+        self._hits_before: tuple[int, int] = (position["hits"], position["answers"]) if position else (0, 0)
         self._losses: list[Tensor] = []
+        self._shares: list[float] = []
+        self._hits, self._answers = 0, 0
         self.epoch = epoch
         self._where = f"task {task.index}, epoch {epoch}"
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor, share: float) -> None:
+        """The loss of a batch: over this process's images, which are this share of it."""
         self._losses.append(loss.float())
+        self._shares.append(share)
 
     def losses(self) -> Tensor:
-        """(steps,) loss of every batch so far."""
+        """(steps,) loss of every batch so far, over all processes: each of them has to ask."""
         if not self._losses:
-            return self._before
+            return self._losses_before
         new = torch.stack(self._losses)
-        return torch.cat([self._before.to(new.device), new])
+        new = sum_over_processes(new * new.new_tensor(self._shares))
+        return torch.cat([self._losses_before.to(new.device), new])
 
     def recent_loss(self) -> float:
         """Mean loss of the latest batches; waits for the device."""
         return torch.stack(self._losses[-20:]).mean().item() if self._losses else float("nan")
 
     def hits(self, method: Method) -> tuple[int, int]:
-        """(right answers, answers) of this process so far."""
+        """(right answers, answers) of this process."""
         right, answers = method.take_training_hits()
         self._hits, self._answers = self._hits + right, self._answers + answers
         return self._hits, self._answers
+
+    def total_hits(self, method: Method) -> tuple[int, int]:
+        """(right answers, answers) of the epoch so far, over all processes: each of them has to ask."""
+        right, answers = sum_over_processes(torch.tensor(self.hits(method), device=method.device)).tolist()
+        return self._hits_before[0] + right, self._hits_before[1] + answers
 
     def check(self, losses: Tensor) -> None:
         """Raises TrainingError if a loss is not finite."""
@@ -356,7 +372,7 @@ class Meter:
         """The position to save, after `step` batches of `epoch`."""
         losses = self.losses()
         self.check(losses)
-        hits, answers = self.hits(method) if step else (0, 0)
+        hits, answers = self.total_hits(method) if step else (0, 0)
         return {"epoch": epoch, "step": step, "losses": losses, "hits": hits, "answers": answers}
 
 

@@ -226,6 +226,19 @@ def test_a_process_without_images_takes_part_in_every_step(monkeypatch):
     assert [loss is not None and loss.item() > 0 for loss in loop._losses(method, x, y, global_size=1)] == [True, True]
 
 
+def test_a_meter_adds_up_what_all_processes_found(monkeypatch):
+    method = Method(toy.toy_vit())
+    stopped = {"epoch": 0, "step": 1, "losses": torch.tensor([4.0]), "hits": 3, "answers": 8}  # of all processes, so it counts once
+    meter = trainer.Meter(stopped, toy.sequence(1)[0], 0)
+    meter.add(torch.tensor(2.0), share=0.25)
+    method.observe(torch.eye(2), torch.tensor([0, 0]))  # one right answer of two
+    other = {1: torch.tensor([3.0]), 2: torch.tensor([5, 6])}  # the other process's loss, and its answers
+    monkeypatch.setattr(trainer, "sum_over_processes", lambda own: own + other[len(own)])
+    assert meter.losses().tolist() == [4.0, 2.0 * 0.25 + 3.0]
+    assert meter.total_hits(method) == (3 + 1 + 5, 8 + 2 + 6)
+    assert meter.recent_loss() == 2.0, "the display shows this process's own"
+
+
 # ---- testing -----------------------------------------------------------------------------------------------------------------------
 
 
