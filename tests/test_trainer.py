@@ -441,6 +441,17 @@ def test_a_method_in_training_mode_is_not_what_tasks_begin_with(tmp_path):
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 
+def test_what_a_loss_draws_does_not_depend_on_where_a_run_was_stopped(tmp_path):
+    common = [*TWO_TASKS, "method._target_=test_trainer.Dropping"]
+    run_toy(tmp_path / "whole", *common)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGTERM, at=1)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path / "stopped", *common)
+    run_toy(tmp_path / "stopped", *common)
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
 class Dropping(InfLoRA):
     """InfLoRA on a backbone with dropout."""
 
