@@ -188,3 +188,11 @@ def test_export_loads_strictly_into_timm(packed: Path, tmp_path: Path, capsys: p
 
     pretrain.main(arguments)
     assert file.read_bytes() == content
+
+
+def test_the_model_card_describes_the_shipped_file() -> None:
+    weights = ROOT / "inflora" / "weights"
+    card = (weights / "vit_micro.md").read_text()
+    assert hashlib.sha256((weights / "vit_micro.safetensors").read_bytes()).hexdigest() in card
+    model = timm.create_model(pretrain.ARCHITECTURE, num_classes=0, **pretrain.GEOMETRY)
+    model.load_state_dict(load_file(weights / "vit_micro.safetensors"), strict=True)
