@@ -8,14 +8,14 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from inflora.checkpoint import CheckpointFolder
@@ -111,12 +111,12 @@ class Trainer:
                     method.eval()  # also before the first task: what a task begins with must not depend on whether a run was stopped
                     self._seed("begin", task)
                     self.probe.before(method.backbone)
-                    with self.records.clock("subspace"), self.fabric.autocast():
+                    with self.records.clock("subspace"), self.fabric.autocast(), eagerly(method.backbone):
                         method.begin_task(task)
                 with self.records.clock("train"):
                     self._fit(method, task, inside, display)
                 self._seed("end", task)
-                with self.records.clock("subspace"), self.fabric.autocast():
+                with self.records.clock("subspace"), self.fabric.autocast(), eagerly(method.backbone):
                     method.eval()
                     method.end_task(task)
                 with self.records.clock("evaluate"):
@@ -375,6 +375,12 @@ class Meter:
         self.check(losses)
         hits, answers = self.total_hits(method) if step else (0, 0)
         return {"epoch": epoch, "step": step, "losses": losses, "hits": hits, "answers": answers}
+
+
+def eagerly(backbone: nn.Module) -> AbstractContextManager[Any]:
+    """Run a compiled backbone as it is written: a compiled graph does not notice the hooks that a method puts on layers."""
+    is_compiled = backbone._compiled_call_impl is not None  # asking first: importing the compiler takes seconds
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 def trainable_groups(method: Method, rates: dict[str, float]) -> list[dict[str, Any]]:

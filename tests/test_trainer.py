@@ -132,6 +132,19 @@ def test_groups_get_their_rates_and_everything_else_is_frozen():
     assert {name for name, p in method.named_parameters() if p.requires_grad} == {"extra.0.weight", "extra.0.bias"}
 
 
+def test_a_compiled_backbone_runs_uncompiled_outside_the_epochs():
+    layer = nn.Linear(2, 2)
+    model, x, seen = nn.Sequential(layer), torch.ones(1, 2), []
+    torch.compiler.reset()
+    model.compile(backend="eager")
+    with trainer.eagerly(nn.Sequential(layer)):
+        compiled = model(x)
+    layer.register_forward_pre_hook(lambda *_: seen.append("called"))
+    with trainer.eagerly(model):
+        torch.testing.assert_close(model(x), compiled)
+    assert seen == ["called"], "a compiled graph goes on without the hook"
+
+
 def test_rates_follow_the_schedule(tmp_path, monkeypatch):
     seen = []
     original = torch.optim.SGD.step
