@@ -25,6 +25,7 @@ from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
 from inflora.method import Method
+from inflora.parts.collective import failing_together
 from inflora.progress import ConsoleHandler
 from inflora.results import Records, read_summary, summary
 from inflora.seeding import seed_everything
@@ -158,12 +159,13 @@ def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
 
 def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     folder = Path(plain["output_dir"])
-    parts = build(fabric, plain)
-    _check_tasks(folder, parts)
     trackers = Trackers([])
-    if fabric.is_global_zero:
-        _write_configuration(folder, plain, origin)
-        trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
+    with failing_together():
+        parts = build(fabric, plain)
+        _check_tasks(folder, parts)
+        if fabric.is_global_zero:
+            _write_configuration(folder, plain, origin)
+            trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
     records = Records(parts.sequence.num_tasks)
     try:
         trainer = Trainer(

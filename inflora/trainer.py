@@ -23,7 +23,7 @@ from inflora.data.tasks import Task, TaskSequence
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
-from inflora.parts.collective import sum_over_processes
+from inflora.parts.collective import failing_together, sum_over_processes
 from inflora.progress import Display
 from inflora.results import Records, stored_parameters
 from inflora.seeding import seed_everything
@@ -102,7 +102,8 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
             CheckpointError: if a checkpoint cannot be written or read.
         """
-        first_stage, inside = self._restore(method, plan)
+        with failing_together():
+            first_stage, inside = self._restore(method, plan)
         tasks = itertools.islice(sequence, first_stage, None)
         with self._stop_signals(), Display(sequence, self.epochs, self.show_progress and self.fabric.is_global_zero) as display:
             for task in tasks:
@@ -205,17 +206,16 @@ class Trainer:
         losses = meter.losses()
         meter.check(losses)
         right, answers = meter.total_hits(method)
-        self.trackers.log(
-            "epoch",
-            {
-                "task": task.index,
-                "epoch": epoch,
-                "loss": losses.mean().item(),
-                "training_accuracy": 100 * right / answers if answers else None,
-                "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": images_per_second,
-            },
-        )
+        event = {
+            "task": task.index,
+            "epoch": epoch,
+            "loss": losses.mean().item(),
+            "training_accuracy": 100 * right / answers if answers else None,
+            "lr": optimizer.param_groups[0]["lr"],
+            "images_per_second": images_per_second,
+        }
+        with failing_together():
+            self.trackers.log("epoch", event)
         self._save_inside(method, optimizer, task, Meter(None, task, epoch + 1).state(method, epoch + 1, 0))
 
     # ---- testing ----
@@ -232,10 +232,11 @@ class Trainer:
             "stored_parameters": stored_parameters(method),
             **method.diagnostics(),
         }
-        self.trackers.log("task", event)
-        if self.fabric.is_global_zero:
-            write_matrix(self.folder / "accuracy_matrix.csv", self.records.matrices[0])
-            write_matrix(self.folder / "task_aware_matrix.csv", self.records.matrices[1])
+        with failing_together():
+            self.trackers.log("task", event)
+            if self.fabric.is_global_zero:
+                write_matrix(self.folder / "accuracy_matrix.csv", self.records.matrices[0])
+                write_matrix(self.folder / "task_aware_matrix.csv", self.records.matrices[1])
         numbers = event["accuracy"], event["task_aware_accuracy"]
         log.info("task %d: accuracy %.2f %% over all seen classes, %.2f %% with the task given", task.index, *numbers)
 
@@ -247,7 +248,6 @@ class Trainer:
         if state is None:
             if self.fabric.is_global_zero:
                 self.checkpoints.save_base({"method": method.state_dict()})
-            self.fabric.barrier()
             self.trackers.rewind(0)
             self.trackers.log("run", plan)
             return 0, None
@@ -274,15 +274,15 @@ class Trainer:
         self._save(method, position, f"task{task.index}_epoch{position['epoch']}_step{position['step']}")
 
     def _save(self, method: Method, position: dict[str, Any], tag: str, *, boundary: bool = False) -> None:
-        if self.fabric.is_global_zero:
-            state = {
-                "position": position,
-                "method": method.state_dict(),
-                "records": self.records.state_dict(),
-                "trackers": self.trackers.position(),
-            }
-            self.checkpoints.save(state, tag, boundary=boundary)
-        self.fabric.barrier()
+        with failing_together():
+            if self.fabric.is_global_zero:
+                state = {
+                    "position": position,
+                    "method": method.state_dict(),
+                    "records": self.records.state_dict(),
+                    "trackers": self.trackers.position(),
+                }
+                self.checkpoints.save(state, tag, boundary=boundary)
         if boundary and self._in_any_process(self._stop_requested):
             raise Interrupted
 

@@ -1,11 +1,38 @@
-"""Sums over the processes of a run; without several processes, nothing happens."""
+"""What the processes of a run do together; without several processes, nothing happens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor
 
 
+def num_processes() -> int:
+    """Processes of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The elementwise sum of `tensor` over all processes, in place; every process gets the same numbers."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if num_processes() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """For what may fail in one process alone, such as writing a file: its error is raised in all, so that none goes on and waits for it.
+
+    At the end the processes wait for each other. No other function of this file may be called inside.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    if num_processes() > 1:
+        errors: list[Exception | None] = [None] * num_processes()
+        dist.all_gather_object(errors, error)
+        error = error or next((other for other in errors if other is not None), None)
+    if error is not None:
+        raise error
