@@ -34,7 +34,7 @@ from inflora.trainer import Interrupted, Trainer, TrainingError
 
 log = logging.getLogger("inflora")
 
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, CheckpointError, TrainingError)
+USER_ERRORS = (ValueError, OSError, CheckpointError, TrainingError)
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -116,15 +116,13 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
         report.print_table(finished)
         return finished
     fabric = make_fabric(plain["trainer"])
-    if int(os.environ.get("RANK", 0)) > 0:  # started by torchrun beside the process that owns the folder
+    with contextlib.ExitStack() as held:
+        if not (_by_torchrun() and int(os.environ["RANK"]) > 0):  # torchrun's first process holds the folder for all
+            try:
+                held.enter_context(lock_run(folder))
+            except OSError as error:
+                raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
         return _launch(fabric, plain, origin)
-    try:
-        with lock_run(folder):
-            return _launch(fabric, plain, origin)
-    except OSError as error:
-        if isinstance(error, USER_ERRORS):
-            raise
-        raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
 
 
 def make_fabric(trainer: dict[str, Any]) -> Fabric:
@@ -135,8 +133,15 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         raise ValueError(f"trainer.device={device}, but torch finds no such device on this machine; choose auto or cpu")
     if torch.cuda.is_available() and device in ("auto", "cuda") and processes > torch.cuda.device_count():
         raise ValueError(f"trainer.num_devices={processes} exceeds the {torch.cuda.device_count()} CUDA devices of this machine")
-    strategy = "auto" if processes == 1 else "ddp" if "TORCHELASTIC_RUN_ID" in os.environ else "ddp_spawn"
+    if _by_torchrun() and processes != int(os.environ["WORLD_SIZE"]):
+        started = os.environ["WORLD_SIZE"]
+        raise ValueError(f"trainer.num_devices={processes}, but torchrun started {started} processes; set trainer.num_devices={started}")
+    strategy = "auto" if processes == 1 else "ddp" if _by_torchrun() else "ddp_spawn"
     return Fabric(accelerator=device, devices=processes, strategy=strategy, precision=PRECISIONS[trainer["precision"]])  # type: ignore[arg-type]
+
+
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:

@@ -436,6 +436,29 @@ def test_a_method_is_checked_before_any_image_is_read(tmp_path):
         run_toy(tmp_path, "method.rank=33", "dataset=imagefolder", "dataset._target_=inflora.data.datasets.imagefolder")
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"^output_dir=.*file/run cannot be written: "):
+        run_toy(tmp_path / "file" / "run")
+
+
+def test_other_files_that_fail_are_not_blamed_on_the_folder(tmp_path, monkeypatch):
+    def build(*_: Any) -> None:
+        raise OSError("the disk of the image cache is full")
+
+    monkeypatch.setattr("inflora.run.build", build)
+    with pytest.raises(OSError, match="^the disk of the image cache is full$"):
+        run_toy(tmp_path)
+
+
+def test_torchrun_and_the_configuration_must_agree_on_the_processes(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"trainer.num_devices=1, but torchrun started 2 processes; set trainer.num_devices=2"):
+        run_toy(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
     with pytest.raises(RuntimeError, match=r"the loss is nan at task 1, epoch 1, step 1; lower optimizer.lr and optimizer.head_lr, or use"):
         run_toy(tmp_path, *DIVERGING, "+method.task=1", "+method.step=3")
