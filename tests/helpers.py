@@ -32,6 +32,7 @@ TOY = [
     "backbone.name=vit_toy.test",
     "backbone.pretrained=false",
     "~recipe",
+    "~inputs",
     "~tuning",
     "optimizer.lr=5e-3",
     "trainer.epochs=2",
