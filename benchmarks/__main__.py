@@ -17,7 +17,7 @@ from benchmarks.timing import Row
 from inflora.results import device_name, git_revision, package_versions
 
 SIZES = {
-    "vit_micro": Sizes(batch_size=64, images=40, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
+    "vit_micro": Sizes(batch_size=64, images=32, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
     "vit_b16": Sizes(batch_size=128, images=128, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
     "quick": Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=1, run_turns=1, learned=(1, 2)),
 }
