@@ -12,6 +12,7 @@ Source: Liang & Li 2024 (InfLoRA, arXiv 2404.00228) with the conventions of the 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +91,10 @@ class PlainAttention(nn.Module):
         moment: (dim, dim) mean of h h^T over the tokens seen while `is_collecting`, on the CPU.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.qkv, self.proj, self.num_heads = attention.qkv, attention.proj, attention.num_heads
+        self.qkv: nn.Linear = attention.qkv
+        self.proj, self.num_heads = attention.proj, attention.num_heads
         self.lora_A: list[Tensor] = []
         self.lora_B_k: list[Tensor] = []
         self.lora_B_v: list[Tensor] = []
@@ -126,7 +128,7 @@ class PlainInfLoRA:
         threshold, threshold_end: share of the energy to protect after the first task, and what the later ones rise towards.
     """
 
-    def __init__(self, vit: nn.Module, *, rank: int, scale: float, num_tasks: int, threshold: float, threshold_end: float) -> None:
+    def __init__(self, vit: Any, *, rank: int, scale: float, num_tasks: int, threshold: float, threshold_end: float) -> None:
         self.vit = copy.deepcopy(vit).requires_grad_(False).eval()
         for block in self.vit.blocks:
             block.attn = PlainAttention(block.attn)
