@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
+from torch.multiprocessing import ProcessExitedException
 
 from inflora import config as configuration
 from inflora import report
@@ -30,7 +33,7 @@ from inflora.progress import ConsoleHandler
 from inflora.results import Records, read_summary, summary
 from inflora.seeding import seed_everything
 from inflora.trackers import JsonlTracker, Trackers
-from inflora.trainer import Interrupted, Trainer, TrainingError
+from inflora.trainer import Interrupted, Trainer, TrainingError, stop_signals_to
 
 log = logging.getLogger("inflora")
 
@@ -145,10 +148,37 @@ def _by_torchrun() -> bool:
 
 
 def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    outcome = fabric.launch(_process, plain, origin)
-    if isinstance(outcome, Exception):
+    spawns = plain["trainer"]["num_devices"] > 1 and not _by_torchrun()
+    with _stop_signals_handed_on() if spawns else contextlib.nullcontext():
+        outcome = fabric.launch(_process, plain, origin)
+    if isinstance(outcome, BaseException):
         raise outcome
     return outcome
+
+
+@contextmanager
+def _stop_signals_handed_on() -> Iterator[None]:
+    """While spawned processes train, stopping is theirs: a terminal sends Ctrl-C to them too, and SIGTERM is handed on.
+
+    This process keeps the folder's lock and waits until they have saved; a second Ctrl-C ends the waiting.
+    """
+    asked: list[int] = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        if number == signal.SIGTERM:
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+    try:
+        with stop_signals_to(hand_on):
+            yield
+    except ProcessExitedException:
+        if asked:  # it came before they listened, and before there was anything to save
+            raise Interrupted from None
+        raise
 
 
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
@@ -156,7 +186,7 @@ def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     try:
         with _logging(Path(plain["output_dir"]), fabric.is_global_zero):
             return _train(fabric, plain, origin)
-    except (*USER_ERRORS, Interrupted) as error:
+    except (*USER_ERRORS, Interrupted, KeyboardInterrupt) as error:
         if fabric.world_size == 1:
             raise
         return error

@@ -304,12 +304,19 @@ class Trainer:
                 raise KeyboardInterrupt
             self._stop_requested = True
 
-        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with stop_signals_to(request):
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def stop_signals_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handler`."""
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
 
 
 class Meter:

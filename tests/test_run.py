@@ -5,11 +5,13 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,14 @@ import pytest
 import torch
 import toy
 import yaml
-from helpers import METHODS, files_of, num_rows, read_events, results, run_toy, toy_config
+from helpers import METHODS, ROOT, files_of, num_rows, read_events, results, run_toy, toy_config, train_py
+from torch.multiprocessing import ProcessExitedException
 
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
-from inflora.run import Origin, run
+from inflora.run import Origin, _stop_signals_handed_on, run
 from inflora.trackers import read_matrix
+from inflora.trainer import Interrupted
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -393,6 +397,43 @@ def test_a_run_leaves_nothing_behind(method, tmp_path):
 DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]
 
 
+# ---- several processes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_is_handed_on_to_spawned_processes(monkeypatch):
+    told = []
+    monkeypatch.setattr("multiprocessing.active_children", lambda: [SimpleNamespace(terminate=lambda: told.append("terminate"))])
+    with _stop_signals_handed_on():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert told == ["terminate"], "a terminal interrupts them itself"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted), _stop_signals_handed_on():
+        signal.raise_signal(signal.SIGTERM)
+        raise ProcessExitedException("terminated before it listened", 0, 1, -15)
+    with pytest.raises(ProcessExitedException, match="out of memory"), _stop_signals_handed_on():
+        raise ProcessExitedException("out of memory", 0, 1, -9)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_continues(tmp_path):
+    arguments = [
+        "method=linear_probe", "dataset.num_tasks=2", "dataset.max_train_per_class=20", "dataset.max_test_per_class=5", "trainer.epochs=30",
+        "trainer.device=cpu", f"output_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "trainer.num_devices=2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}) as process:
+        while process.poll() is None and not list(tmp_path.glob("run/checkpoints/0*.json")):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "Stopped; everything so far is saved" in said
+    assert train_py(*arguments).returncode == 0
+    assert num_rows(tmp_path / "run") == 2
+
+
 # ---- faults ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -447,7 +488,7 @@ def test_other_files_that_fail_are_not_blamed_on_the_folder(tmp_path, monkeypatc
         raise OSError("the disk of the image cache is full")
 
     monkeypatch.setattr("inflora.run.build", build)
-    with pytest.raises(OSError, match="^the disk of the image cache is full$"):
+    with pytest.raises(OSError, match=r"^the disk of the image cache is full$"):
         run_toy(tmp_path)
 
 
