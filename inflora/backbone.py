@@ -20,6 +20,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
+from inflora.checkpoint import sha256_file
+
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "vit_micro.safetensors"
 
 OWN_TAGS = ("vit_micro.tiny_imagenet", "vit_base_patch16_224_ibot.in1k")
@@ -128,7 +130,7 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
         weights={
             "source": source,
             "file": file.name if file else None,
-            "sha256": file_sha256(file) if file else None,
+            "sha256": sha256_file(file) if file else None,
             "tensors_sha256": tensors_sha256(model.state_dict()),
         },
     )
@@ -230,15 +232,6 @@ def _strip(state: dict[str, Any]) -> dict[str, Any]:
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and not key.startswith(("head", "masked_embed"))}
-
-
-def file_sha256(file: Path) -> str:
-    """Hash of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def tensors_sha256(state: Mapping[str, torch.Tensor]) -> str:
