@@ -45,13 +45,15 @@ class InterferenceProbe:
     def _ratios(
         self, before: nn.Module, layers: dict[str, nn.Module], old: dict[str, Tensor], change: dict[str, Tensor], task: Task
     ) -> list[float]:
-        sums = torch.zeros(len(layers), 2, dtype=torch.float64, device=next(before.parameters()).device)
+        device = next(before.parameters()).device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        sums = torch.zeros(len(layers), 2, dtype=dtype, device=device)
 
         def listen(row: int, name: str) -> None:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 h = inputs[0].float()
                 for column, weight in enumerate((change[name], old[name])):
-                    sums[row, column] += (h @ weight.T).double().square().sum()
+                    sums[row, column] += (h @ weight.T).to(dtype).square().sum()
 
             handles.callback(layers[name].register_forward_pre_hook(hook).remove)
 
