@@ -15,7 +15,13 @@ for every training stage (a task, or all tasks at once where `stream = "joint"`)
     scores = method.predict(x)           # (B, seen classes)
 
 Methods know nothing of files, devices, processes or trackers: new tensors go to `self.device`, statistics summed over a task's images
-go through `parts.collective.sum_over_processes`, and mixed precision is switched on around these calls by the trainer.
+go through `parts.collective.sum_over_processes`, and mixed precision is switched on around these calls by the trainer. Sums over processes
+belong in `begin_task`, `after_step` and `end_task`: `loss` is not called in a process that got no image of a batch. Draws from torch's
+generators are the same in every process, and the same again in a resumed run.
+
+`begin_task` and `end_task` are called in evaluation mode, with gradients enabled. They may fit what needs no images, such as heads on class
+statistics, with an optimiser of their own; in the epochs only the trainer steps. A run is tested and saved after `end_task`, so what the
+next task shall not start from (heads aligned for the test, say) is put back in the next `begin_task`.
 """
 
 from collections.abc import Iterator
@@ -76,8 +82,8 @@ class Method(nn.Module):
             y: (B,) class labels, numbered in the order the classes are learned.
 
         Returns:
-            A scalar; or a generator of scalars for several optimiser steps on the batch. Terms that do not depend on the batch count once,
-            whatever the number of processes.
+            A scalar; or a generator of scalars for several optimiser steps on the batch, of which the last is recorded. Terms that do not
+            depend on the batch count once, whatever the number of processes.
         """
         raise NotImplementedError
 
@@ -85,7 +91,11 @@ class Method(nn.Module):
         """Called after the last epoch of a stage."""
 
     def predict(self, x: Tensor) -> Tensor:
-        """Scores of all seen classes, (B, seen classes). A score depends on its own image only, never on the rest of the batch."""
+        """Scores of all seen classes, (B, seen classes).
+
+        A score depends on its own image only, never on the rest of the batch; and on the method's state, not on `task`, which is not set
+        when a finished run is tested again.
+        """
         return self.heads(self.features(x))
 
     def begin_epoch(self, epoch: int) -> None:
