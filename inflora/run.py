@@ -304,7 +304,7 @@ def _look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"output_dir={folder} holds a run already and resume=never; choose another output_dir")
     old = yaml.safe_load(file.read_text(encoding="utf-8"))
     different = config_differences(old, plain, RESULT_FREE)
-    hard = [key for key in different if key not in LENGTH and not key.startswith("dataset.class_order")]
+    hard = [key for key in different if key not in LENGTH]
     if hard:
         values = ", ".join(f"{key} ({_value(old, key)} there, {_value(plain, key)} here)" for key in hard)
         raise ValueError(f"output_dir={folder} holds a run of another configuration, which differs in {values}; choose another output_dir")

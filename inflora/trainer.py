@@ -158,7 +158,7 @@ class Trainer:
                 if stop:
                     self._save_inside(method, optimizer, task, meter.state(method, epoch, step + 1))
                     raise Interrupted
-            self._end_epoch(method, optimizer, task, epoch, meter, images / max(time.monotonic() - began, 1e-9))
+            self._end_epoch(method, optimizer, task, epoch, meter, images, began)
 
     def _step(self, method: Method, optimizer: Any, x: Tensor, y: Tensor, global_size: int, meter: "Meter") -> bool:
         """One batch: the optimiser steps of every loss the method gives.
@@ -202,9 +202,9 @@ class Trainer:
                 return
             yield loss
 
-    def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", images_per_second: float) -> None:
+    def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", images: int, began: float) -> None:
         losses = meter.losses()
-        meter.check(losses)
+        meter.check(losses)  # which waits for the device, so that the speed below is not that of handing it work
         right, answers = meter.total_hits(method)
         event = {
             "task": task.index,
@@ -212,7 +212,7 @@ class Trainer:
             "loss": losses.mean().item(),
             "training_accuracy": 100 * right / answers if answers else None,
             "lr": optimizer.param_groups[0]["lr"],
-            "images_per_second": images_per_second,
+            "images_per_second": images / max(time.monotonic() - began, 1e-9),
         }
         with failing_together():
             self.trackers.log("epoch", event)
