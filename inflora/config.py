@@ -1,8 +1,8 @@
 """Types of what the core reads from the configuration, as Hydra schemas; defaults live in conf/."""
 
+import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-import hashlib
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
