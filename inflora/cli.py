@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _say_fault(f"output_dir cannot be written: {error}")
         sys.exit(EXIT_FAULT)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STOPPED)
     sys.exit(job.exit_code)
 
 
@@ -101,17 +104,19 @@ class Job:
         try:
             names = {group: hydra_config.runtime.choices[group] for group in ("method", "dataset", "backbone")}
             run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config)))
-        except Interrupted:
-            overrides = [override for override in hydra_config.overrides.task if not override.startswith("output_dir=")]
-            command = " ".join(["python train.py", f"output_dir={cfg.output_dir}", *overrides])
+        except (Interrupted, KeyboardInterrupt) as stop:
+            saved = "everything so far is saved" if isinstance(stop, Interrupted) else "what the last checkpoint holds is saved"
+            overrides = [override for override in hydra_config.overrides.task if not override.startswith(("output_dir=", "resume="))]
+            command = shlex.join(["python", "train.py", f"output_dir={cfg.output_dir}", *overrides])
             if hydra_config.mode == RunMode.MULTIRUN:
                 command = "the same command"
-            Console(stderr=True).print(f"Stopped; everything so far is saved. To continue:\n  {command}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(f"Stopped; {saved}. To continue:\n  {_escape(command)}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_STOPPED)
-        except USER_ERRORS as error:
+        except (*USER_ERRORS, OSError) as error:
             if self.show_traceback:
                 raise
-            _say_fault(str(error))
+            is_ours = isinstance(error, USER_ERRORS) or error.errno is None  # else the system's few words, with no hint of what to do
+            _say_fault(str(error) if is_ours else f"output_dir={cfg.output_dir} cannot be written: {error}")
             self.exit_code = EXIT_FAULT
 
 
