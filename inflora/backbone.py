@@ -106,8 +106,10 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
     size = {} if image_size is None else {"img_size": image_size}
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **size)
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"backbone.name={name} cannot be built for images of {image_size} pixels: {error}") from error
+    except TypeError:  # other models know no img_size
+        model = None
     if not isinstance(model, VisionTransformer) or model.cls_token is None:
         raise ValueError(f"backbone.name={name} is not a vision transformer with a class token, which every method here needs")
     config = model.pretrained_cfg
