@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options["pretrained"] = not is_random
     sizes = SIZES["quick" if is_quick else options["backbone"]]
 
-    result = {"settings": options | asdict(sizes), "machine": machine(), **measure(Bench(sizes, **options))}
+    result = {"settings": options | asdict(sizes), "machine": machine(torch.device(options["device"])), **measure(Bench(sizes, **options))}
     text = markdown(result)
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.md").write_text(text, encoding="utf-8")
@@ -54,7 +54,9 @@ def measure(bench: Bench) -> dict[str, Any]:
         bar = progress.add_task("", total=len(works) + len(bench.sizes.learned))
         for work in works:
             progress.update(bar, description=work.__name__)
-            rows.append(asdict(work()))
+            row = work()
+            rows.append(asdict(row))
+            progress.console.print(f"{row.name}: {row.ratio:.2f} times faster", highlight=False)
             progress.advance(bar)
         for learned in bench.sizes.learned:
             progress.update(bar, description=f"after {learned} tasks")
@@ -63,11 +65,11 @@ def measure(bench: Bench) -> dict[str, Any]:
     return {"rows": rows, "growth": growth}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """Where, and with what, the times were taken."""
     versions = package_versions()
     return {
-        "device": device_name(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **{name: versions[name] for name in ("torch", "torchvision", "timm")},

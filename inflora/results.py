@@ -112,7 +112,7 @@ def summary(
         "stored_parameters": stored_parameters(method),
         "total_parameters": sum(parameter.numel() for parameter in method.parameters()),
         "wall_seconds": records.timings(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(method.device),
         "test_counts": list(sequence.test_counts),
         "test_hash": sequence.test_hash,
         "split": sequence.split_id,
@@ -120,7 +120,7 @@ def summary(
         "normalize": config["dataset"]["normalize"],
         "weights": backbone.weights,
         "weights_sha256": backbone.weights["sha256"] or backbone.weights["tensors_sha256"],
-        "device": device_name(),
+        "device": device_name(method.device),
         "versions": package_versions(),
         **git_revision(),
     }
@@ -139,16 +139,19 @@ def count_numbers(state: Any) -> int:
     return sum(count_numbers(value) for value in inner)
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held: on the device if that is a GPU, else resident. Earlier runs of the process count too."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def device_name(device: torch.device) -> str:
+    """What a run ran on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def package_versions() -> dict[str, str]:
