@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as pil
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from inflora.seeding import generator, seed_everything, stream_seed, uniform
@@ -63,7 +62,7 @@ class PlainImages:
             views = []
             for row in part:
                 top, left = (int(draw * (2 * reach + 1)) for draw in uniform(key, row.view(1), 2)[0].tolist())
-                padded = pil.pad(self._resized(images[row]), [reach], padding_mode="reflect")
+                padded: Any = pil.pad(self._resized(images[row]), [reach], padding_mode="reflect")
                 views.append(self._to_input(pil.crop(padded, top, left, self.size, self.size)))
             yield torch.stack(views).to(self.device), labels[part].to(self.device)
 
@@ -75,11 +74,14 @@ class PlainImages:
             views = [self._to_input(self._resized(images[row])) for row in part]
             yield torch.stack(views).to(self.device), labels[part].to(self.device)
 
-    def _resized(self, image: Tensor) -> Image:
-        return pil.resize(pil.to_pil_image(image), [self.size, self.size])
+    def _resized(self, image: Tensor) -> Any:
+        """A Pillow image; torchvision declares tensors only."""
+        picture: Any = pil.to_pil_image(image)
+        return pil.resize(picture, [self.size, self.size])
 
-    def _to_input(self, image: Image) -> Tensor:
-        return pil.normalize(pil.to_tensor(image), *map(list, self.normalization))
+    def _to_input(self, image: Any) -> Tensor:
+        mean, std = map(list, self.normalization)
+        return pil.normalize(pil.to_tensor(image), mean, std)
 
 
 class PlainAttention(nn.Module):

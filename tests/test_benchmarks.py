@@ -72,9 +72,7 @@ def test_a_memory_that_protects_too_much_is_noticed(monkeypatch):
 
 def test_other_results_are_refused_and_so_is_nan():
     def difference(value: float):
-        return compare(
-            "adding", lambda: value, lambda: 1.0, turns=1, measure="difference", distance=lambda a, b: abs(a - b), tolerance=0.5
-        )
+        return compare("adding", lambda: value, lambda: 1.0, turns=1, measure="difference", distance=lambda a, b: abs(a - b), tolerance=0.5)
 
     assert difference(1.25).difference == 0.25
     with pytest.raises(Disagreement, match=r"adding: difference is 1, above 0\.5"):
