@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,10 @@ TOY = [
     "trainer.progress=false",
 ]
 """Overrides that make any run a toy: 3 tasks of 2 classes, 2 epochs of 2 steps each."""
+
+
+TINY_VIT = ["backbone.name=test_vit.r160_in1k", "backbone.pretrained=false", "dataset.image_size=32"]
+"""timm's own smallest vision transformer, for processes that do not import toy.py before the backbone is built."""
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -119,3 +125,15 @@ def train_py(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=240, env=environment, **options
     )
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command line left with, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Said]

@@ -1,0 +1,316 @@
+"""The command line: help, faults in one sentence, sweeps, stopping.
+
+Everything is tried in this process and, in the slow tier, again through `python train.py`.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import METHODS, TINY_VIT, Cli, Said, files_of, num_rows, train_py
+from PIL import Image
+
+from inflora import plugins
+from inflora.checkpoint import lock_run
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+QUICK = [*TINY_VIT, "method=linear_probe", "debug=default", "dataset.num_tasks=2", "trainer.progress=false", "trainer.device=cpu"]
+"""A run of seconds: digits in two tasks, one epoch on eight images a class."""
+
+
+def fault(said: Said) -> str:
+    """The one sentence of a command line that failed."""
+    assert said.code == 1, said
+    assert "Traceback" not in said.err + said.out
+    assert said.err.count("error:") == 1, said.err
+    return said.err[said.err.index("error: ") + len("error: ") :].strip()
+
+
+# ---- help --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_choice_with_a_description(cli: Cli):
+    said = cli("--help")
+    assert said.code == 0 and said.err == ""
+    for group in ("dataset", "method", "backbone", "optimizer", "scheduler", "trainer", "tracker", "experiment", "debug"):
+        for name, description in plugins.choices(group).items():
+            (line,) = [line for line in said.out.splitlines() if line.split()[:1] == [f"{group}={name}"]]
+            assert line.split(maxsplit=1)[1] == description
+    assert "usage: python train.py" in said.out and "--traceback" in said.out and "--cfg job" in said.out
+    assert cli("-h") == said
+
+
+def test_the_composed_configuration_is_shown(cli: Cli):
+    said = cli("--cfg", "job", "method=sequential", "seed=7")
+    assert said.code == 0
+    shown = yaml.safe_load(said.out)
+    assert shown["seed"] == 7 and shown["method"]["_target_"] == "inflora.methods.sequential.Sequential"
+
+
+# ---- a run -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_its_rerun(cli: Cli, tmp_path: Path):
+    folder = tmp_path / "run"
+    said = cli(*QUICK, f"output_dir={folder}", "seed=3")
+    assert said.code == 0, said.err
+    assert "linear_probe on digits_5task, vit_micro (random weights: test_vit.r160_in1k)" in said.err
+    assert {path.name for path in folder.iterdir()} - {"report"} == {
+        ".hydra", ".lock", "accuracy_matrix.csv", "checkpoints", "config.yaml", "metrics.jsonl", "run.log", "summary.json",
+        "task_aware_matrix.csv",
+    }  # fmt: skip
+    assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())[-1] == "seed=3"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["method"], summary["dataset"], summary["backbone"]) == ("linear_probe", "digits_5task", "vit_micro")
+    assert (summary["seed"], summary["num_tasks"]) == (3, 2)
+    assert f"{summary['last_accuracy']:.2f}" in said.out
+    assert str(folder / "report" / "report.html") in said.out.replace("\n", "")
+
+    before = files_of(folder)
+    again = cli(*QUICK, f"output_dir={folder}", "seed=3")
+    assert again.code == 0
+    assert files_of(folder) == before
+    assert "This run is finished" in again.out and f"{summary['last_accuracy']:.2f}" in again.out
+
+    assert "dataset.num_tasks" not in fault(other := cli(*QUICK, f"output_dir={folder}", "seed=4"))
+    assert "differs in seed (3 there, 4 here); choose another output_dir" in other.err
+    assert files_of(folder) == before
+
+
+def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli(*QUICK, "seed=2").code == 0
+    (folder,) = Path("outputs/digits_5task/linear_probe/seed=2").iterdir()
+    time.strptime(folder.name, "%Y-%m-%d_%H-%M-%S")
+    assert num_rows(folder) == 2
+    assert list(Path().iterdir()) == [Path("outputs")]
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["method=inflor"], f"method=inflor is not known; choose one of {', '.join(METHODS)}"),
+        (["dataset=cifar10"], "dataset=cifar10 is not known; choose one of cifar100_10task, cifar100_20task,"),
+        (["backbone=vit_b16"], "backbone=vit_b16 is not known; choose one of vit_b16_dino,"),
+        (["method.rnk=4"], "method.rnk is not a key of this configuration; did you mean method.rank?"),
+        (["trainer.epoch=4", "method=sequential"], "trainer.epoch is not a key of this configuration; did you mean trainer.epochs?"),
+        (["optimiser=adam"], "optimiser is not a key of this configuration; did you mean optimizer?"),
+        (["zzz.qqq=1"], "zzz.qqq is not a key of this configuration; `python train.py --cfg job` lists all keys"),
+        (["trainer.epochs=ten"], "trainer.epochs=ten does not fit: Value 'ten' of type 'str' could not be converted to Integer"),
+        (["seed"], "seed"),
+        (["dataset=imagefolder"], "dataset.root has no value; set dataset.root=..."),
+        (["trainer.device=tpu"], "trainer.device=tpu is not known; choose one of auto, cpu, cuda, mps"),
+        (["-m", "seed=0,1", "output_dir=x"], "a multirun makes one folder for each job; set hydra.sweep.dir=FOLDER instead of output_dir"),
+    ],
+)
+def test_a_wrong_command_line(cli: Cli, arguments, sentence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in fault(cli(*arguments))
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["dataset=imagefolder", "dataset.root=/nowhere"], "dataset.root=/nowhere does not exist; set it to a folder with train/<class>/*"),
+        (["method=inflora", "method.rank=65"], "method.rank=65 exceeds the layer's 64 inputs; choose 1..64"),
+        (["method=inflora", "method.rank=four"], "method.rank=four does not fit; it must be a whole number"),
+        (["method=inflora", "method.blocks=3"], "method.blocks=3 does not fit; it must be a list, each item a whole number or null"),
+        (["method=inflora", "method.energy=grams"], "method.energy=grams is unknown; choose gram or input"),
+        (["dataset.num_tasks=11"], "dataset.num_tasks=11 does not fit 10 classes; choose 1..10"),
+        (["dataset.task_sizes=[5,4]"], "dataset.task_sizes=[5, 4] adds up to 9; give positive numbers that add up to the 10 classes"),
+        (["dataset.class_order=[0,1]"], "dataset.class_order must list every class id 0..9 once; the list lacks 2, 3, 4, 5, 6 and 3 more"),
+        (["dataset.class_order=random"], "dataset.class_order=random is unknown; choose natural, numpy:1993, python:1"),
+        (["dataset.transform=blur"], "dataset.transform=blur is unknown; choose one of"),
+        (["backbone.name=vit_base_patch16_224"], "backbone.name=vit_base_patch16_224 does not say which weights; choose one of"),
+        (["backbone.name=vit_base_patch16_224.augreg_in22k"], "is not a known tag of vit_base_patch16_224; choose one of"),
+        (["backbone.name=vti_base"], "backbone.name=vti_base is not a timm model; did you mean one of"),
+        (["backbone.name=resnet18.a1_in1k"], "is not a vision transformer with a class token, which every method here needs"),
+        (["backbone.checkpoint=/nowhere.pth"], "backbone.checkpoint=/nowhere.pth does not exist; give a .pth, .npz or .safetensors file"),
+        (["optimizer=sgd", "optimizer.head_lr=1e38", "trainer.epochs=3"], "lower optimizer.lr and optimizer.head_lr"),
+        (["scheduler=step", "scheduler.milestones=[x]"], "scheduler.milestones=['x'] does not fit; it must be a list, each item a whole"),
+        (["tracker=wandb", "tracker.mode=of"], "tracker.mode=of is not known; choose online, offline, disabled or null"),
+    ],
+)
+def test_a_wrong_value(cli: Cli, arguments, sentence, tmp_path: Path):
+    assert sentence in fault(cli(*QUICK, *arguments, f"output_dir={tmp_path / 'run'}"))
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def folders_of_images(root: Path, classes: int = 2, count: int = 3) -> Path:
+    for part in ("train", "test"):
+        for number in range(classes):
+            folder = root / part / f"class_{number}"
+            folder.mkdir(parents=True)
+            for row in range(count):
+                Image.new("RGB", (20, 20), (40 * number, 80 * row, 0)).save(folder / f"{row}.png")
+    return root
+
+
+@pytest.fixture
+def own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("INFLORA_CACHE", str(tmp_path / "cache"))
+    yield folders_of_images(tmp_path / "images")
+
+
+def test_a_truncated_image_is_named(cli: Cli, own_images: Path, tmp_path: Path):
+    damaged = own_images / "train" / "class_1" / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    arguments = [*QUICK, "dataset=imagefolder", f"dataset.root={own_images}", f"output_dir={tmp_path / 'run'}"]
+    sentence = fault(cli(*arguments))
+    assert f"image train/class_1/2.png in {own_images} cannot be decoded" in sentence
+    assert sentence.endswith("replace or remove it, then run again")
+    Image.new("RGB", (20, 20)).save(damaged)
+    assert cli(*arguments).code == 0
+    assert num_rows(tmp_path / "run") == 2
+
+
+def test_a_checkpoint_of_another_model_names_its_keys(cli: Cli, tmp_path: Path):
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    file = tmp_path / "other.safetensors"
+    save_file({"blocks.0.attn.query.weight": zeros(2, 2), "pos_embed": zeros(1, 5, 64)}, file)
+    sentence = fault(cli(*QUICK, f"backbone.checkpoint={file}", f"output_dir={tmp_path / 'run'}"))
+    assert f"backbone.checkpoint={file} does not fit the model; missing: blocks.0.attn.proj.bias, " in sentence
+    assert "unexpected: blocks.0.attn.query.weight" in sentence
+
+
+def test_a_folder_at_work_is_refused(cli: Cli, tmp_path: Path):
+    with lock_run(tmp_path):
+        sentence = fault(cli(*QUICK, f"output_dir={tmp_path}"))
+    assert sentence == f"another process is at work in {tmp_path}; wait until it ends, or choose another output_dir"
+
+
+def test_an_output_folder_that_cannot_be_made(cli: Cli, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    assert "output_dir" in fault(cli(*QUICK, f"output_dir={tmp_path / 'file' / 'run'}"))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("arguments", [["method.rnk=1"], pytest.param(["dataset.num_tasks=11"], marks=pytest.mark.slow)])
+def test_traceback_on_demand(arguments, tmp_path: Path):
+    done = train_py(*QUICK, *arguments, "--traceback", f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and arguments[0].split("=")[0] in done.stderr
+
+
+def test_train_py_in_a_process_of_its_own():
+    done = train_py("trainer.epochs=ten")
+    sentence = fault(Said(done.returncode, done.stdout, done.stderr))
+    assert sentence == "trainer.epochs=ten does not fit: Value 'ten' of type 'str' could not be converted to Integer"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can make a small disk")
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode != 0:
+        pytest.skip("this container cannot mount a small disk")
+    try:
+        arguments = [*QUICK, "method=sequential_full", "dataset.num_tasks=5", f"output_dir={disk / 'run'}"]
+        done = train_py(*arguments)
+        sentence = fault(Said(done.returncode, done.stdout, done.stderr))
+        assert "No space left on device" in sentence and "everything saved before is intact" in sentence
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        done = train_py(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert num_rows(disk / "run") == 5
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- sweeps ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_and_its_rerun(cli: Cli, tmp_path: Path):
+    sweep = tmp_path / "sweep"
+    common = [text for text in QUICK if not text.startswith("method=")]
+    arguments = ["-m", *common, "seed=0,1", "method=inflora,linear_probe", f"hydra.sweep.dir={sweep}"]
+    first = cli(*arguments)
+    assert first.code == 0, first.err
+    folders = sorted(path.name for path in sweep.iterdir() if path.is_dir())
+    assert len(folders) == 4
+    for method in ("inflora", "linear_probe"):
+        for seed in (0, 1):
+            (name,) = [name for name in folders if f"method={method}" in name and f"seed={seed}" in name]
+            summary = json.loads((sweep / name / "summary.json").read_text())
+            assert (summary["method"], summary["seed"]) == (method, seed)
+            assert num_rows(sweep / name) == 2
+    (folder,) = (sweep / name for name in folders if "method=linear_probe" in name and "seed=1" in name)
+    assert cli(*common, "seed=1", "method=linear_probe", f"output_dir={tmp_path / 'single'}").code == 0
+    for name in ("accuracy_matrix.csv", "task_aware_matrix.csv"):
+        assert (folder / name).read_bytes() == (tmp_path / "single" / name).read_bytes(), "a seed gives the same alone"
+
+    before = {name: files_of(sweep / name) for name in folders}
+    second = cli(*arguments)
+    assert second.code == 0
+    assert {name: files_of(sweep / name) for name in folders} == before
+    assert second.out.count("This run is finished") == 4
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == folders
+
+
+def test_a_failing_job_does_not_stop_the_others(cli: Cli, tmp_path: Path):
+    arguments = ["-m", *QUICK, "dataset.num_tasks=11,2,99", f"hydra.sweep.dir={tmp_path}"]
+    said = cli(*arguments)
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    assert "error: dataset.num_tasks=11 does not fit 10 classes" in said.err
+    assert "error: dataset.num_tasks=99 does not fit 10 classes" in said.err
+    (finished,) = tmp_path.glob("*/summary.json")
+    assert json.loads(finished.read_text())["num_tasks"] == 2
+
+
+def test_a_job_that_cannot_be_composed_stops_a_sweep_before_it_begins(cli: Cli, tmp_path: Path):
+    said = cli("-m", *QUICK, "method=linear_probe,inflor", f"hydra.sweep.dir={tmp_path}")
+    assert "method=inflor is not known; choose one of" in fault(said)
+
+
+# ---- stopping ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_says_how_to_continue(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+    if "process" in request.node.name:
+        pytest.skip("test_resume_slow.py stops processes")
+    from inflora.methods.linear_probe import LinearProbe
+
+    original = LinearProbe.loss
+    monkeypatch.setattr(LinearProbe, "loss", lambda *args: signal.raise_signal(signal.SIGTERM) or original(*args))
+    folder = tmp_path / "run"
+    said = cli(*QUICK, f"output_dir={folder}", "dataset.class_order=[1,0,2,3,4,5,6,7,8,9]", "resume=never")
+    assert said.code == 130
+    monkeypatch.setattr(LinearProbe, "loss", original)
+    lines = said.err.splitlines()
+    assert "Stopped; everything so far is saved. To continue:" in lines
+    command = shlex.split(lines[-1])
+    assert command[:3] == ["python", "train.py", f"output_dir={folder}"]
+    assert cli(*command[2:]).code == 0
+    assert num_rows(folder) == 2
+
+
+def test_an_impatient_interrupt_leaves_without_a_traceback(cli: Cli, tmp_path: Path, monkeypatch, request: pytest.FixtureRequest):
+    if "process" in request.node.name:
+        pytest.skip("test_resume_slow.py stops processes")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inflora.run.build_backbone", interrupted)
+    said = cli(*QUICK, f"output_dir={tmp_path}")
+    assert said.code == 130
+    assert "Traceback" not in said.err
+    assert "Stopped; what the last checkpoint holds is saved. To continue:\n  python train.py output_dir=" in said.err
