@@ -72,7 +72,7 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, out: Path, *options: str) -> None:
-    fixed = ["--batch-size", "4", "--epochs", "1", "--val-stride", "1", "--no-compile", "--no-bf16", "--log-steps", "1"]
+    fixed = ["--batch-size", "4", "--epochs", "1", "--val-stride", "1", "--no-compile", "--no-bf16", "--log-steps", "1", "--device", "cpu"]
     pretrain.main(["train", "--data", str(data), "--out", str(out), *fixed, *options])
 
 
@@ -108,6 +108,20 @@ def test_no_budget_is_refused(packed: Path, tmp_path: Path) -> None:
 def test_a_batch_above_the_training_set_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--batch-size=17 exceeds the 16 training images; choose 1\.\.16"):
         train(packed, tmp_path, "--batch-size", "17")
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_the_fastest_device_there_is(cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert pretrain.choose_device("auto") == torch.device(expected)
+
+
+def test_a_missing_device_is_refused(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^--device=cuda, but torch finds no such device on this machine; choose auto or cpu\.$"):
+        train(packed, tmp_path / "run", "--device", "cuda")
+    assert not (tmp_path / "run").exists()
 
 
 def test_augment_gives_a_shifted_and_possibly_mirrored_view() -> None:
@@ -166,6 +180,56 @@ def test_interrupted_and_resumed_equals_uninterrupted(packed: Path, tmp_path: Pa
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
     last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["final"] and last["val_images"] == VAL_PER_CLASS * len(CLASSES)
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step_and_not_saved(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(run, images):
+        run.step += 1
+        return torch.tensor(1.0 if run.step < 3 else float("nan"))
+
+    monkeypatch.setattr(pretrain.Run, "train_step", diverging)
+    with pytest.raises(FloatingPointError, match=r"^the loss is nan at step 2; lower --lr=0\.004 and start in a new --out folder\.$"):
+        train(packed, tmp_path, "--save-minutes", "0", "--log-steps", "100")
+    assert checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_cuda_trains_without_waiting_exports_and_resumes_on_either_device(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path / "run", tmp_path / "micro.safetensors"
+    two_steps_an_epoch = ["--batch-size", "8", "--bf16", "--log-steps", "100"]
+    step = pretrain.Run.train_step
+
+    def without_waiting(run, images):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(run, images)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.Run, "train_step", without_waiting)
+        train(packed, out, *two_steps_an_epoch, "--device", "cuda")
+    saved = checkpoint(out)
+    assert saved["step"] == 2
+    pretrain.main(["export", "--data", str(packed), "--run", str(out), "--to", str(file)])
+    exported = load_file(file)
+    assert exported and all(torch.equal(value, saved["average"][name].half().cpu()) for name, value in exported.items())
+
+    for epochs, device in ((2, "cpu"), (3, "cuda")):
+        train(packed, out, *two_steps_an_epoch, "--epochs", str(epochs), "--device", device)
+        saved = checkpoint(out)
+        assert saved["step"] == 2 * epochs
+        assert {value.device.type for part in ("model", "average") for value in saved[part].values()} == {device}
+        state = [(name, value) for values in saved["optimizer"]["state"].values() for name, value in values.items()]
+        # The step counts stay on the CPU, where the optimizer reads them without waiting.
+        assert {value.device.type for name, value in state if name == "step"} == {"cpu"}
+        assert {value.device.type for name, value in state if isinstance(value, torch.Tensor) and name != "step"} == {device}
 
 
 def test_export_loads_strictly_into_timm(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

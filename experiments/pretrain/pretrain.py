@@ -40,12 +40,41 @@ MAX_EXPORT_BYTES = 8_000_000
 SEED_STRIDE = 100_000  # keeps the streams of different seeds apart
 
 
+# --- devices --------------------------------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: if torch finds no such device.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_available in available.items() if is_available)
+    if not available[name]:
+        raise ValueError(f"--device={name}, but torch finds no such device on this machine; choose auto or cpu.")
+    return torch.device(name)
+
+
+def send(drawn: Tensor, device: torch.device) -> Tensor:
+    """Copy what the CPU drew to `device`; from pinned memory, the only kind a CUDA copy surely reads without making the CPU wait."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Images:
-    """Decoded images, kept whole in memory: `pixels` (N, 3, 32, 32) uint8 and `labels` (N,) int64."""
+    """Decoded images, kept whole in the memory of one device: `pixels` (N, 3, 32, 32) uint8 and `labels` (N,) int64."""
 
     pixels: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on `device`."""
+        return Images(self.pixels.to(device), self.labels.to(device))
 
     def every(self, stride: int) -> "Images":
         """Every `stride`-th image."""
@@ -59,9 +88,6 @@ class Dataset:
     train: Images
     val: Images
     classes: list[str]
-
-
-# --- data -----------------------------------------------------------------------------------------------------------------------------
 
 
 def decode(source: Path | io.BytesIO) -> np.ndarray:
@@ -125,16 +151,19 @@ def normalize(pixels: Tensor) -> Tensor:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random shift of up to `MAX_SHIFT` pixels with reflected borders, and a horizontal flip of half of the images. (B, 3, S, S) uint8."""
-    batch, _, size, _ = pixels.shape
-    shift = torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, batch, 1), generator=generator)
-    index = (torch.arange(size) + shift).abs()
+    """Random shift of up to `MAX_SHIFT` pixels with reflected borders, and a horizontal flip of half of the images. (B, 3, S, S) uint8.
+
+    `generator` is a CPU one, so that every device sees the same shifts and flips; the pixels move on their own device.
+    """
+    (batch, _, size, _), device = pixels.shape, pixels.device
+    shift = send(torch.randint(-MAX_SHIFT, MAX_SHIFT + 1, (2, batch, 1), generator=generator), device)
+    index = (torch.arange(size, device=device) + shift).abs()
     index = torch.where(index >= size, 2 * (size - 1) - index, index)
     rows, cols = index.unbind(0)
-    flipped = torch.rand(batch, 1, generator=generator) < 0.5
+    flipped = send(torch.rand(batch, 1, generator=generator) < 0.5, device)
     cols = torch.where(flipped, cols.flip(1), cols)
     # The channel slice between index tensors moves channels last.
-    picked = pixels[torch.arange(batch)[:, None, None], :, rows[:, :, None], cols[:, None, :]]
+    picked = pixels[torch.arange(batch, device=device)[:, None, None], :, rows[:, :, None], cols[:, None, :]]
     return picked.permute(0, 3, 1, 2)
 
 
@@ -142,11 +171,12 @@ def training_batch(images: Images, step: int, batch_size: int, seed: int) -> tup
     """The augmented batch of one step, a function of `seed` and `step` alone, so that a resumed run sees the same images.
 
     Returns:
-        float32 (B, 3, S, S) in [-1, 1] and labels (B,). Each epoch is a new permutation; its last, incomplete batch is left out.
+        float32 (B, 3, S, S) in [-1, 1] and labels (B,), on the device of `images`. Each epoch is a new permutation; its last, incomplete
+        batch is left out.
     """
     epoch, position = divmod(step, len(images.labels) // batch_size)
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed * SEED_STRIDE + epoch))
-    chosen = order[position * batch_size : (position + 1) * batch_size]
+    chosen = send(order[position * batch_size : (position + 1) * batch_size], images.pixels.device)
     noise = torch.Generator().manual_seed(seed * SEED_STRIDE + SEED_STRIDE // 2 + step)
     return normalize(augment(images.pixels[chosen], noise)), images.labels[chosen]
 
@@ -178,11 +208,11 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
 def accuracy_percent(model: nn.Module, images: Images, bf16: bool, batch_size: int = 500) -> float:
     """Top-1 accuracy in percent, without augmentation."""
     model.eval()
-    correct = 0
+    correct = torch.zeros((), dtype=torch.int64, device=images.labels.device)
     for pixels, labels in zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            correct += int((model(normalize(pixels)).argmax(1) == labels).sum())
-    return 100.0 * correct / len(images.labels)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+            correct += (model(normalize(pixels)).argmax(1) == labels).sum()
+    return 100.0 * int(correct) / len(images.labels)
 
 
 # --- training -------------------------------------------------------------------------------------------------------------------------
@@ -192,6 +222,7 @@ class Run:
     """A pretraining run: what a checkpoint holds, one step of it, and the budget it follows.
 
     Attributes:
+        device: where the model, its average and the optimizer's moments live; weights are drawn on the CPU, the same for every device.
         model, average: the trained weights and their exponential moving average, which is what gets exported.
         step: optimizer steps done.
         elapsed_s: seconds of training, start-up excluded, summed over restarts.
@@ -201,7 +232,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.args = args
         self.steps_per_epoch = steps_per_epoch
-        self.model = build_model(num_classes)
+        self.device = choose_device(args.device)
+        self.model = build_model(num_classes).to(self.device)
         self.average = copy.deepcopy(self.model)
         self.forward = torch.compile(self.model) if args.compile else self.model
         self.optimizer = create_optimizer_v2(self.model, opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98))
@@ -214,32 +246,36 @@ class Run:
         minutes = self.elapsed_s / (60.0 * self.args.minutes) if self.args.minutes else 0.0
         return max(steps, minutes)
 
-    def train_step(self, images: Images) -> float:
-        """One optimizer step on the batch of `self.step`; returns its loss.
-
-        Raises:
-            FloatingPointError: if the loss is not finite.
-        """
+    def train_step(self, images: Images) -> Tensor:
+        """One optimizer step on the batch of `self.step`; returns its loss, () on the device, without waiting for it: see `read`."""
         args, progress = self.args, self.progress()
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_factor(progress, args.warmup)
         self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
         self.model.train()
         x, y = training_batch(images, self.step, args.batch_size, args.seed)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
             logits = self.forward(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}; lower --lr={args.lr} and start in a new --out folder."
-            )
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         update_average(self.average, self.model, self.step, args.ema_decay)
         self.step += 1
-        return loss.item()
+        return loss.detach()
+
+    def read(self, losses: list[Tensor]) -> list[float]:
+        """The losses of the last steps as numbers. This waits for the device, hence happens where they are reported and before saving.
+
+        Raises:
+            FloatingPointError: if one is not finite.
+        """
+        values = torch.stack(losses).tolist() if losses else []
+        for step, value in enumerate(values, self.step - len(values)):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {step}; lower --lr={self.args.lr} and start in a new --out folder.")
+        return values
 
     def save(self, path: Path) -> None:
         """Write atomically: a kill leaves the previous checkpoint."""
@@ -251,28 +287,35 @@ class Run:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
         }
+        if self.device.type != "cpu":  # patch dropout draws on the device
+            state[f"rng_{self.device.type}"] = torch.get_device_module(self.device).get_rng_state()
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Continue exactly where `save` stopped."""
-        state = torch.load(path, weights_only=True)
+        """Continue exactly where `save` stopped; on another kind of device, whose generator has no saved state, with new patch dropout."""
+        # By way of the CPU: loading then moves each tensor to the parameters, but leaves the optimizer's step counts, which it reads at
+        # every step, where they have to be.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+        if f"rng_{self.device.type}" in state:
+            torch.get_device_module(self.device).set_rng_state(state[f"rng_{self.device.type}"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
 
-def validate(run: Run, images: Images, losses: list[float], final: bool) -> None:
+def validate(run: Run, images: Images, losses: list[Tensor], final: bool) -> None:
     """Append one line to metrics.jsonl; `losses` are those since the last line."""
+    values = run.read(losses)
     row = {
         "step": run.step,
         "epoch": round(run.step / run.steps_per_epoch, 3),
         "elapsed_s": round(run.elapsed_s, 1),
         "lr": run.optimizer.param_groups[0]["lr"],
         "patch_drop": run.model.patch_drop.prob,
-        "train_loss": sum(losses) / max(1, len(losses)),
+        "train_loss": sum(values) / max(1, len(values)),
         "val_images": len(images.labels),
         "val_accuracy_percent": accuracy_percent(run.model, images, run.args.bf16),
         "val_accuracy_average_percent": accuracy_percent(run.average, images, run.args.bf16),
@@ -287,7 +330,8 @@ def train(args: argparse.Namespace) -> None:
     """Train until the budget is spent, writing checkpoint.pt, metrics.jsonl and args.json under `args.out`.
 
     Raises:
-        ValueError: without a budget, or with a batch larger than the training set.
+        ValueError: without a budget, with a batch larger than the training set, or if there is no such device.
+        FloatingPointError: if a loss is not finite.
     """
     if not args.epochs and not args.minutes:
         raise ValueError("train needs a budget, but neither --epochs nor --minutes is above 0; give at least one of them.")
@@ -295,28 +339,31 @@ def train(args: argparse.Namespace) -> None:
     num_train = len(data.train.labels)
     if args.batch_size > num_train:
         raise ValueError(f"--batch-size={args.batch_size} exceeds the {num_train} training images; choose 1..{num_train}.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "args.json").write_text(json.dumps(vars(args) | {"run_command": "train"}, default=str, indent=2))
     run, checkpoint = Run(args, len(data.classes), num_train // args.batch_size), args.out / "checkpoint.pt"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "args.json").write_text(json.dumps(vars(args) | {"run_command": "train", "device": run.device.type}, default=str, indent=2))
     if checkpoint.exists():
         run.restore(checkpoint)
-    message = "%d training and %d validation images of %d classes, %d steps an epoch; starting at step %d after %.0f s"
-    log.info(message, num_train, len(data.val.labels), len(data.classes), run.steps_per_epoch, run.step, run.elapsed_s)
+    images, val = data.train.to(run.device), data.val.to(run.device)
+    message = "%d training and %d validation images of %d classes, %d steps an epoch on %s; starting at step %d after %.0f s"
+    log.info(message, num_train, len(val.labels), len(data.classes), run.steps_per_epoch, run.device.type, run.step, run.elapsed_s)
 
     started_s, saved_s = time.monotonic() - run.elapsed_s, run.elapsed_s
-    losses: list[float] = []
+    losses: list[Tensor] = []
     while run.progress() < 1.0:
-        losses.append(run.train_step(data.train))
+        losses.append(run.train_step(images))
         if run.step % args.log_steps == 0:
-            log.info("step %d, %.0f s, loss %.3f", run.step, run.elapsed_s, sum(losses[-args.log_steps :]) / len(losses[-args.log_steps :]))
+            recent = run.read(losses[-args.log_steps :])
+            log.info("step %d, %.0f s, loss %.3f", run.step, run.elapsed_s, sum(recent) / len(recent))
         if run.step % run.steps_per_epoch == 0:
-            validate(run, data.val.every(args.val_stride), losses, final=False)
+            validate(run, val.every(args.val_stride), losses, final=False)
             losses = []
         run.elapsed_s = time.monotonic() - started_s
         if run.elapsed_s - saved_s >= 60.0 * args.save_minutes:
+            run.read(losses)
             run.save(checkpoint)
             saved_s = run.elapsed_s
-    validate(run, data.val, losses, final=True)
+    validate(run, val, losses, final=True)
     run.save(checkpoint)
 
 
@@ -327,12 +374,12 @@ def export(args: argparse.Namespace) -> None:
     """Write the averaged weights, without the classification head, in half precision, and print the facts for the model card.
 
     The accuracy is measured with the backbone read back from the written file into a new timm model; the head, which is not shipped, comes
-    from the run.
+    from the run. All on the CPU, whichever device the run used.
 
     Raises:
         ValueError: if the file would exceed `MAX_EXPORT_BYTES`.
     """
-    average = torch.load(args.run / "checkpoint.pt", weights_only=True)["average"]
+    average = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
     head = {name: value for name, value in average.items() if name.startswith("head.")}
     backbone = {name: value.half().contiguous() for name, value in average.items() if name not in head}
     description = {"architecture": ARCHITECTURE, "arguments": GEOMETRY | {"num_classes": 0}, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -381,6 +428,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t.add_argument("--patch-drop-until", type=float, default=0.8, help="length of that part, as a fraction of the budget")
     t.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     t.add_argument("--ema-decay", type=float, default=0.99, help="of the averaged weights, per step")
+    t.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, else MPS, else the CPU")
     t.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     t.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
