@@ -112,6 +112,9 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
         model = None
     if not isinstance(model, VisionTransformer) or model.cls_token is None:
         raise ValueError(f"backbone.name={name} is not a vision transformer with a class token, which every method here needs")
+    if min(model.patch_embed.grid_size) < 1:  # type: ignore[arg-type]
+        patch = model.patch_embed.patch_size[0]  # type: ignore[index]
+        raise ValueError(f"dataset.image_size={image_size} is smaller than one patch of backbone.name={name}; choose {patch} or more")
     config = model.pretrained_cfg
     if checkpoint is not None:
         file = Path(checkpoint).expanduser()
@@ -141,14 +144,20 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
 def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture}*", pretrained=True)[:5] or ["vit_base_patch16_224.augreg_in21k"]
-        raise ValueError(f"backbone.name={name} is not a timm model; did you mean one of {', '.join(near)}?")
+        raise ValueError(f"backbone.name={name} is not a timm model; did you mean one of {', '.join(_near(architecture))}?")
     own = [key for key in OWN_TAGS if key.partition(".")[0] == architecture]
     tags = own or timm.list_pretrained(f"{architecture}.*")
+    if not tags:
+        raise ValueError(f"backbone.name={name}: timm has no weights of {architecture}; choose one of {', '.join(_near(architecture))}")
     if not tag:
         raise ValueError(f"backbone.name={name} does not say which weights; choose one of {', '.join(tags)}")
     if name not in tags:
         raise ValueError(f"backbone.name={name} is not a known tag of {architecture}; choose one of {', '.join(tags)}")
+
+
+def _near(architecture: str) -> list[str]:
+    """Names, with weights, that somebody who typed this architecture may have meant."""
+    return timm.list_models(f"*{architecture}*", pretrained=True)[:5] or ["vit_base_patch16_224.augreg_in21k"]
 
 
 def _pretrained_file(name: str, config: Mapping[str, Any]) -> Path:
@@ -193,7 +202,10 @@ def load_checkpoint(model: nn.Module, file: Path) -> None:
         except (KeyError, ValueError, OSError, AssertionError, RuntimeError) as error:
             raise ValueError(f"backbone.checkpoint={file} is not a ViT checkpoint in the original .npz layout: {error}") from error
         return
-    state = _strip(_read(file))
+    content = _read(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"backbone.checkpoint={file} holds a {type(content).__name__}, no state dict; save the model's state dict")
+    state = _strip(content)
     state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]  # older key layouts, position embeddings of another image size
     state = {key: value for key, value in state.items() if not key.startswith(("head.", "head_dist.", "fc_norm.", "pre_logits."))}
     own = model.state_dict()
@@ -210,7 +222,7 @@ def load_checkpoint(model: nn.Module, file: Path) -> None:
     model.load_state_dict(state)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

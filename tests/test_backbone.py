@@ -1,0 +1,323 @@
+"""Backbones by exact name, and weights from files of every layout the public ones come in."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import toy
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from inflora import backbone
+from inflora.backbone import SHIPPED_WEIGHTS, Backbone, build_backbone, load_checkpoint, tensors_sha256
+
+SMALL = "test_vit.r160_in1k"
+"""timm's own smallest vision transformer: 160 pixels, patches of 16, width 64."""
+
+
+def random_backbone(name: str = "vit_toy.test", **changes: Any) -> Backbone:
+    return build_backbone(name, **{"pretrained": False, "checkpoint": None, **changes})
+
+
+def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_backbone_is_a_headless_timm_model():
+    found = random_backbone()
+    assert (found.tag, found.image_size, found.mean, found.std) == ("vit_toy.test", 16, (0.5,) * 3, (0.5,) * 3)
+    assert found.weights["source"] == "random" and found.weights["file"] is None and found.weights["sha256"] is None
+    assert found.weights["tensors_sha256"] == tensors_sha256(found.model.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    features = found.model(x)
+    assert features.shape == (2, toy.EMBED_DIM)
+    torch.testing.assert_close(features, found.model.forward_features(x)[:, 0])  # type: ignore[operator]
+
+
+def test_the_image_size_may_change():
+    found = random_backbone(SMALL, image_size=32)
+    assert found.image_size == 32
+    assert found.model(torch.randn(1, 3, 32, 32)).shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("vit_base_patch16_224", r"does not say which weights; choose one of .*vit_base_patch16_224\.augreg_in21k"),
+        ("vit_base_patch16_224.augreg_in22k", "augreg_in22k is not a known tag of vit_base_patch16_224; choose one of vit_base"),
+        ("vit_toyy.test", r"backbone.name=vit_toyy.test is not a timm model; did you mean one of "),
+        ("test_vit4.r160_in1k", "backbone.name=test_vit4.r160_in1k: timm has no weights of test_vit4; choose one of "),
+        ("test_resnet.r160_in1k", "test_resnet.r160_in1k is not a vision transformer with a class token, which every method here needs"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("image_size", [None, 160])
+def test_a_name_that_cannot_be_used(name, image_size, message):
+    with pytest.raises(ValueError, match=message):
+        random_backbone(name, image_size=image_size)
+
+
+def test_an_image_size_that_does_not_fit_the_patches():
+    with pytest.raises(ValueError, match=r"dataset.image_size=2 is smaller than one patch of backbone.name=vit_toy.test; choose 4 or more"):
+        random_backbone(image_size=2)
+
+
+# ---- weights from a file -----------------------------------------------------------------------------------------------------------
+
+
+def wrapped(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+HEAD = {"head.weight": torch.zeros(5, toy.EMBED_DIM), "head.bias": torch.zeros(5)}
+PROJECTION = {"head.mlp.0.weight": torch.zeros(4, 4), "head.last_layer.weight_g": torch.zeros(3, 1)}
+
+LAYOUTS = {
+    "timm": lambda state: state | HEAD,
+    "headless": lambda state: state,
+    "training run": lambda state: {"state_dict": state | HEAD, "epoch": 3},
+    "deit": lambda state: {"model": state | HEAD},
+    "dino": lambda state: {"student": {}, "teacher": wrapped(state | PROJECTION, "backbone.") | wrapped(PROJECTION, "")},
+    "ibot teacher": lambda state: {"state_dict": state | {"masked_embed": torch.zeros(1, toy.EMBED_DIM)}},
+    "distributed": lambda state: {"teacher": wrapped(state, "module.backbone.") | {"module.head.mlp.0.weight": torch.zeros(4, 4)}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_public_checkpoints(layout, tmp_path):
+    state = toy.toy_vit(seed=1).state_dict()
+    content = LAYOUTS[layout](state)
+    if layout == "dino":
+        del content["student"]
+    file = tmp_path / "weights.pth"
+    torch.save(content, file)
+    found = random_backbone(checkpoint=str(file))
+    assert same(found.model.state_dict(), state)
+    assert found.weights == {
+        "source": "checkpoint",
+        "file": "weights.pth",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "tensors_sha256": tensors_sha256(state),
+    }
+
+
+def test_a_teacher_wins_over_the_student(tmp_path):
+    teacher, student = toy.toy_vit(seed=1).state_dict(), toy.toy_vit(seed=2).state_dict()
+    torch.save({"student": wrapped(student, "module.backbone."), "teacher": wrapped(teacher, "backbone.")}, tmp_path / "both.pth")
+    assert same(random_backbone(checkpoint=str(tmp_path / "both.pth")).model.state_dict(), teacher)
+
+
+def test_safetensors_and_a_home_folder(tmp_path, monkeypatch):
+    state = toy.toy_vit(seed=1).state_dict()
+    save_file(state | HEAD, tmp_path / "weights.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert same(random_backbone(checkpoint="~/weights.safetensors").model.state_dict(), state)
+
+
+def test_positions_are_resized_to_the_images(tmp_path):
+    state = toy.toy_vit(seed=1).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    found = random_backbone(checkpoint=str(tmp_path / "weights.safetensors"), image_size=24)
+    assert found.model.pos_embed.shape == (1, 1 + 36, toy.EMBED_DIM)  # type: ignore[union-attr]
+    assert torch.equal(found.model.pos_embed[:, 0], state["pos_embed"][:, 0])  # type: ignore[index]
+    assert found.model(torch.randn(1, 3, 24, 24)).shape == (1, toy.EMBED_DIM)
+
+
+def npz_state(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The layout of Google's original checkpoints, written from its description: kernels are (in, out), attention is split in heads."""
+    d, heads = toy.EMBED_DIM, 2
+    values = {key: value.numpy() for key, value in state.items()}
+    found = {
+        "cls": values["cls_token"],
+        "embedding/kernel": values["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": values["patch_embed.proj.bias"],
+        "Transformer/posembed_input/pos_embedding": values["pos_embed"],
+        "Transformer/encoder_norm/scale": values["norm.weight"],
+        "Transformer/encoder_norm/bias": values["norm.bias"],
+        "head/kernel": np.zeros((d, 5), np.float32),
+        "head/bias": np.zeros(5, np.float32),
+    }
+    for block in range(2):
+        ours, theirs = f"blocks.{block}.", f"Transformer/encoderblock_{block}/"
+        attention = theirs + "MultiHeadDotProductAttention_1/"
+        for part, name in enumerate(("query", "key", "value")):
+            rows = slice(part * d, (part + 1) * d)
+            found[f"{attention}{name}/kernel"] = values[ours + "attn.qkv.weight"][rows].T.reshape(d, heads, d // heads)
+            found[f"{attention}{name}/bias"] = values[ours + "attn.qkv.bias"][rows].reshape(heads, d // heads)
+        found[attention + "out/kernel"] = values[ours + "attn.proj.weight"].T.reshape(heads, d // heads, d)
+        found[attention + "out/bias"] = values[ours + "attn.proj.bias"]
+        for norm, name in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            found[f"{theirs}{name}/scale"] = values[f"{ours}{norm}.weight"]
+            found[f"{theirs}{name}/bias"] = values[f"{ours}{norm}.bias"]
+        for layer in range(2):
+            found[f"{theirs}MlpBlock_3/Dense_{layer}/kernel"] = values[f"{ours}mlp.fc{layer + 1}.weight"].T
+            found[f"{theirs}MlpBlock_3/Dense_{layer}/bias"] = values[f"{ours}mlp.fc{layer + 1}.bias"]
+    return found
+
+
+def test_the_original_npz_layout(tmp_path):
+    state = toy.toy_vit(seed=1).state_dict()
+    np.savez(tmp_path / "weights.npz", **npz_state(state))
+    assert same(random_backbone(checkpoint=str(tmp_path / "weights.npz")).model.state_dict(), state)
+
+
+def test_an_incomplete_npz(tmp_path):
+    content = npz_state(toy.toy_vit(seed=1).state_dict())
+    del content["Transformer/encoderblock_1/LayerNorm_2/scale"]
+    np.savez(tmp_path / "weights.npz", **content)
+    with pytest.raises(
+        ValueError, match=r"weights.npz is not a ViT checkpoint in the original .npz layout: .*encoderblock_1/LayerNorm_2/scale"
+    ):
+        random_backbone(checkpoint=str(tmp_path / "weights.npz"))
+    (tmp_path / "weights.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"weights.npz is not a ViT checkpoint in the original .npz layout"):
+        random_backbone(checkpoint=str(tmp_path / "weights.npz"))
+
+
+def test_a_file_that_does_not_fit_names_its_keys(tmp_path):
+    state = toy.toy_vit(seed=1).state_dict()
+    del state["norm.weight"], state["blocks.0.attn.qkv.bias"]
+    state |= {"blocks.7.new": torch.zeros(1), "cls_token": torch.zeros(1, 1, 7)}
+    save_file(state, tmp_path / "weights.safetensors")
+    vit = toy.toy_vit()
+    before = {key: value.clone() for key, value in vit.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(vit, tmp_path / "weights.safetensors")
+    assert str(error.value) == (
+        f"backbone.checkpoint={tmp_path / 'weights.safetensors'} does not fit the model; "
+        "missing: blocks.0.attn.qkv.bias, norm.weight; unexpected: blocks.7.new; of another shape: cls_token"
+    )
+    assert same(vit.state_dict(), before)
+
+
+def test_a_long_list_of_keys_is_shortened(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"missing: (\S+, ){5}\S+ \.\.\.; unexpected: x$"):
+        random_backbone(checkpoint=str(tmp_path / "weights.safetensors"))
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_loading_a_file_never_executes_code(tmp_path):
+    torch.save({"state_dict": {}, "args": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil.pth holds more than tensors, and loading it could execute code; save its state dict"):
+        random_backbone(checkpoint=str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights"])
+def test_a_file_that_is_no_checkpoint(name, tmp_path):
+    for content in (b"", b"not weights at all", b"\x80\x02garbage" * 10):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"backbone.checkpoint=.*{name} (cannot be read as|holds more than tensors)"):
+            random_backbone(checkpoint=str(tmp_path / name))
+
+
+def test_a_checkpoint_that_holds_no_state_dict(tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list.pth holds a list, no state dict; save the model's state dict"):
+        random_backbone(checkpoint=str(tmp_path / "list.pth"))
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+    for path in (tmp_path / "none.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match=rf"backbone.checkpoint={path} does not exist; give a .pth, .npz or .safetensors file"):
+            random_backbone(checkpoint=str(path))
+
+
+# ---- weights of a name -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """No network: every request fails at once, and is written down."""
+    asked: list[str] = []
+
+    def refuse(request: Any, **_: Any) -> None:
+        asked.append(request.full_url)
+        raise OSError("no route to host")
+
+    import huggingface_hub
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("asked for the file after the network was found missing")
+    )
+    return asked
+
+
+def test_weights_that_cannot_be_downloaded_are_described_in_three_lines(offline):
+    with pytest.raises(FileNotFoundError) as error:
+        random_backbone(SMALL, pretrained=True)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert SMALL in lines[0] and "no route to host" in lines[0]
+    assert lines[2].startswith("backbone.checkpoint=")
+    assert len(offline) == 1
+
+
+def test_cached_weights_need_no_network(offline, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    config = timm.models.get_pretrained_cfg(SMALL)
+    state = timm.create_model(SMALL, num_classes=0).state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    wanted = []
+    cached = str(tmp_path / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *arguments: wanted.append(arguments) or cached)
+    found = random_backbone(SMALL, pretrained=True)
+    assert same(found.model.state_dict(), state)
+    assert found.weights["source"] == "timm"
+    assert wanted == [(config.hf_hub_id.rstrip("/"), "model.safetensors")]  # type: ignore[union-attr]
+    assert offline == []
+
+
+@pytest.mark.skipif(not SHIPPED_WEIGHTS.exists(), reason="the shipped weights are not there yet")
+def test_the_shipped_weights_fit(caplog):
+    with caplog.at_level(logging.WARNING):
+        found = build_backbone("vit_micro.tiny_imagenet", pretrained=True, checkpoint=None)
+    assert (found.image_size, found.weights["source"], found.weights["file"]) == (32, "package", "vit_micro.safetensors")
+    assert sum(p.numel() for p in found.model.parameters()) == pytest.approx(2.7e6, rel=0.01)
+    features = found.model(torch.randn(4, 3, 32, 32))
+    assert features.shape == (4, 192) and features.isfinite().all()
+    assert SHIPPED_WEIGHTS.stat().st_size < 12_000_000
+    assert not caplog.records
+
+
+# ---- hashes ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_hash_for_what_computes_the_same():
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2, dtype=torch.int64)}
+    known = tensors_sha256(state)
+    assert tensors_sha256(dict(reversed(state.items()))) == known
+    assert tensors_sha256({**state, "a": torch.arange(6.0).reshape(3, 2).T.contiguous().T.reshape(2, 3)}) == known
+    others = [
+        {**state, "a": state["a"].reshape(3, 2)},
+        {**state, "a": state["a"] + 1e-6},
+        {**state, "b": torch.zeros(2, dtype=torch.int32)},
+        {"c": state["a"], "b": state["b"]},
+        {"a": state["a"]},
+    ]
+    assert len({known, *map(tensors_sha256, others)}) == 6
+
+
+def test_a_module_is_hashed_through_its_state():
+    assert tensors_sha256(nn.Linear(2, 2).state_dict()) != tensors_sha256(nn.Linear(2, 2).state_dict())
+    assert backbone.SHIPPED_WEIGHTS.parent.parent == Path(backbone.__file__).parent
