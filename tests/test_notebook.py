@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from test_report import write_run
+
+pytestmark = pytest.mark.timeout(600)  # two trainings: seconds each, minutes on a busy machine
 
 NOTEBOOK = Path(__file__).parent.parent / "experiments" / "notebooks" / "accuracy_and_forgetting.ipynb"
 
@@ -19,7 +22,7 @@ def execute(**parameters: Any) -> Any:
     names = re.findall(r"^(\w+) = ", cell.source, flags=re.MULTILINE)
     assert set(parameters) <= set(names), "a parameter that the notebook does not have"
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    return NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    return NotebookClient(notebook, timeout=560, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
 
 
 def outputs(notebook: Any, kind: str) -> Iterator[str]:
