@@ -56,14 +56,14 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_micro(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT for 32 x 32 images: patch 4, width 192, depth 6, 3 heads, 2.7 M parameters."""
-    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3} | kwargs
+    arguments: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3} | kwargs
     return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
 
 
 @register_model
 def vit_base_patch16_224_ibot(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-B/16 for the weights of iBOT (Zhou et al. 2022), which timm does not have."""
-    arguments = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12} | kwargs
+    arguments: dict[str, Any] = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12} | kwargs
     return build_model_with_cfg(
         VisionTransformer, "vit_base_patch16_224_ibot", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
     )
@@ -103,7 +103,7 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
         FileNotFoundError: if the checkpoint does not exist, or the weights cannot be downloaded.
     """
     _check_name(name)
-    size = {} if image_size is None else {"img_size": image_size}
+    size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **size)
     except (AssertionError, ValueError) as error:
@@ -115,7 +115,7 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
     if min(model.patch_embed.grid_size) < 1:  # type: ignore[arg-type]
         patch = model.patch_embed.patch_size[0]  # type: ignore[index]
         raise ValueError(f"dataset.image_size={image_size} is smaller than one patch of backbone.name={name}; choose {patch} or more")
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     if checkpoint is not None:
         file = Path(checkpoint).expanduser()
         load_checkpoint(model, file)

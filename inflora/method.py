@@ -25,7 +25,7 @@ next task shall not start from (heads aligned for the test, say) is put back in 
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Method(nn.Module):
         sample_ids: (b,) positions, within the task's training images, of the batch given to `loss`, on the CPU; set by the trainer.
     """
 
-    stream: ClassVar[str] = "tasks"
+    stream: ClassVar[Literal["tasks", "joint"]] = "tasks"
     """`"joint"` for a method that needs the data of all tasks at once: the sequence then offers one stage with every class."""
 
     task: Task

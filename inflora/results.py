@@ -39,7 +39,7 @@ class Records:
     def __init__(self, num_tasks: int) -> None:
         self.matrices = np.full((3, num_tasks, num_tasks), np.nan)
         self.trainable_parameters: list[int] = []
-        self.wall_seconds = dict.fromkeys(WALL_PARTS, 0.0)
+        self.wall_seconds: dict[str, float] = dict.fromkeys(WALL_PARTS, 0.0)
         self._clocks: dict[str, float] = {}
         self._total_before, self._began = 0.0, time.monotonic()
 

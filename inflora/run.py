@@ -150,7 +150,7 @@ def _by_torchrun() -> bool:
 def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     spawns = plain["trainer"]["num_devices"] > 1 and not _by_torchrun()
     with _stop_signals_handed_on() if spawns else contextlib.nullcontext():
-        outcome = fabric.launch(_process, plain, origin)
+        outcome = fabric.launch(_process, plain, origin)  # type: ignore[arg-type]  # it passes the arguments on
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome

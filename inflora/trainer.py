@@ -135,7 +135,7 @@ class Trainer:
         if not groups:
             return
         # Copies of the groups: torch keeps the dictionaries it is given, and setting a rate there would change the base rates here.
-        optimizer = self.fabric.setup_optimizers(self.make_optimizer([dict(group) for group in groups]))
+        optimizer: Any = self.fabric.setup_optimizers(self.make_optimizer([dict(group) for group in groups]))
         position = inside or {"epoch": 0, "step": 0, "losses": torch.zeros(0), "hits": 0, "answers": 0}
         if "optimizer" in position:
             optimizer.load_state_dict(position["optimizer"])

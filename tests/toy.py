@@ -41,7 +41,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_toy(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """16 x 16 images in 16 patches, width 32, 2 blocks: 28 thousand parameters."""
-    arguments = {"img_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": EMBED_DIM, "depth": 2, "num_heads": 2} | kwargs
+    arguments: dict[str, Any] = {"img_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": EMBED_DIM, "depth": 2, "num_heads": 2} | kwargs
     return build_model_with_cfg(VisionTransformer, "vit_toy", pretrained, **arguments)
 
 
@@ -138,7 +138,7 @@ class Frozen(Method):
 class TwoSteps(LinearProbe):
     """Two losses per batch: the second one is the first one again, after a step."""
 
-    def loss(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+    def loss(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
         for _ in range(2):
             yield self.local_cross_entropy(self.features(x), y)
 

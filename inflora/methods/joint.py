@@ -21,7 +21,7 @@ class Joint(Method):
     Trains: the branch or the backbone, and one head. Stores: the same.
     """
 
-    stream: ClassVar[str] = "joint"
+    stream: ClassVar[Literal["tasks", "joint"]] = "joint"
 
     def __init__(self, backbone: Any, *, variant: Literal["peft", "full"], rank: int, blocks: list[int] | None) -> None:
         super().__init__(backbone)
