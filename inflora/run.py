@@ -118,14 +118,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
         print(f"This run is finished: {folder}")
         report.print_table(finished)
         return finished
-    fabric = make_fabric(plain["trainer"])
-    with contextlib.ExitStack() as held:
-        if not (_by_torchrun() and int(os.environ["RANK"]) > 0):  # torchrun's first process holds the folder for all
-            try:
-                held.enter_context(lock_run(folder))
-            except OSError as error:
-                raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
-        return _launch(fabric, plain, origin)
+    return _launch(make_fabric(plain["trainer"]), plain, origin)
 
 
 def make_fabric(trainer: dict[str, Any]) -> Fabric:
@@ -160,7 +153,7 @@ def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, 
 def _stop_signals_handed_on() -> Iterator[None]:
     """While spawned processes train, stopping is theirs: a terminal sends Ctrl-C to them too, and SIGTERM is handed on.
 
-    This process keeps the folder's lock and waits until they have saved; a second Ctrl-C ends the waiting.
+    This process waits until they have saved; a second Ctrl-C ends the waiting.
     """
     asked: list[int] = []
 
@@ -183,13 +176,29 @@ def _stop_signals_handed_on() -> Iterator[None]:
 
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
+    folder = Path(plain["output_dir"])
     try:
-        with _logging(Path(plain["output_dir"]), fabric.is_global_zero):
+        with contextlib.ExitStack() as held:
+            with failing_together():
+                if fabric.is_global_zero:  # the process that writes, not the one that started it: either may be killed alone
+                    held.enter_context(_hold(folder))
+            held.enter_context(_logging(folder, fabric.is_global_zero))
             return _train(fabric, plain, origin)
     except (*USER_ERRORS, Interrupted, KeyboardInterrupt) as error:
         if fabric.world_size == 1:
             raise
         return error
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """The folder's lock; where the folder cannot even be made, one sentence says so."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock_run(folder))
+        except OSError as error:
+            raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
+        yield
 
 
 def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def train_py(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"} | options.pop("env", {})
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=240, env=environment, **options
+        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=600, env=environment, **options
     )
 
 
