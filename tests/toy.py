@@ -18,6 +18,7 @@ from inflora.data.tasks import Loading, TaskSequence, split_task_sizes
 from inflora.data.transforms import build_transforms
 from inflora.method import Method
 from inflora.methods.linear_probe import LinearProbe
+from inflora.parts.collective import sum_over_processes
 from inflora.seeding import generator
 
 IMAGE_SIZE = 16
@@ -117,9 +118,12 @@ class Frozen(Method):
 
     def end_task(self, task: Any) -> None:
         with torch.no_grad():
-            x, y = zip(*task.batches("test", stream="means"), strict=True)
-            features, labels = self.features(torch.cat(x)), torch.cat(y) - task.num_old_classes
-            self.means.append(torch.stack([features[labels == label].mean(0) for label in range(task.num_classes)]))
+            sums, counts = torch.zeros(task.num_classes, self.heads.embed_dim), torch.zeros(task.num_classes, 1)
+            for x, y in task.batches("test", stream="means"):
+                if len(x):
+                    sums.index_add_(0, y - task.num_old_classes, self.features(x))
+                    counts.index_add_(0, y - task.num_old_classes, torch.ones(len(x), 1))
+            self.means.append(sum_over_processes(sums) / sum_over_processes(counts))
 
     def param_groups(self) -> list[dict[str, Any]]:
         return []
