@@ -112,11 +112,11 @@ class Job:
                 command = "the same command"
             Console(stderr=True).print(f"Stopped; {saved}. To continue:\n  {_escape(command)}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_STOPPED)
-        except (*USER_ERRORS, OSError) as error:
+        except USER_ERRORS as error:
             if self.show_traceback:
                 raise
-            is_ours = isinstance(error, USER_ERRORS) or error.errno is None  # else the system's few words, with no hint of what to do
-            _say_fault(str(error) if is_ours else f"output_dir={cfg.output_dir} cannot be written: {error}")
+            is_systems = isinstance(error, OSError) and error.errno is not None  # a few words and a file, without what to do
+            _say_fault(f"the system refuses: {error}; put that right and run the same command again" if is_systems else str(error))
             self.exit_code = EXIT_FAULT
 
 

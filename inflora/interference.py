@@ -25,7 +25,7 @@ class InterferenceProbe:
 
     def before(self, backbone: nn.Module) -> None:
         """Remember the backbone's effective weights, on the CPU: they are needed again only after the task."""
-        self._before = lora.merged_copy(backbone).cpu()
+        self._before = lora.merged_copy(backbone).eval().cpu()  # whatever mode a run that goes on finds it in: no dropout
 
     @torch.no_grad()
     def after(self, backbone: nn.Module, older_tasks: Sequence[Task]) -> list[list[float]] | None:

@@ -3,6 +3,7 @@
 Everything is tried in this process and, in the slow tier, again through `python train.py`.
 """
 
+import errno
 import json
 import os
 import shlex
@@ -188,6 +189,28 @@ def test_a_checkpoint_of_another_model_names_its_keys(cli: Cli, tmp_path: Path):
     assert "unexpected: blocks.0.attn.query.weight" in sentence
 
 
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (
+            OSError("the disk of the image cache /c is full: free some space there"),
+            "the disk of the image cache /c is full: free some space there",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/run.log"),
+            "cannot be written: [Errno 28] No space left on device: '/x/run.log'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("cli", ["here"], indirect=True)
+def test_what_the_system_refuses(cli: Cli, error, sentence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("inflora.data.datasets.digits", refused)
+    assert fault(cli(*QUICK, f"output_dir={tmp_path}")).endswith(sentence)
+
+
 def test_a_folder_at_work_is_refused(cli: Cli, tmp_path: Path):
     with lock_run(tmp_path):
         sentence = fault(cli(*QUICK, f"output_dir={tmp_path}"))
@@ -283,9 +306,8 @@ def test_a_job_that_cannot_be_composed_stops_a_sweep_before_it_begins(cli: Cli, 
 # ---- stopping ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_run_says_how_to_continue(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
-    if "process" in request.node.name:
-        pytest.skip("test_resume_slow.py stops processes")
+@pytest.mark.parametrize("cli", ["here"], indirect=True)  # test_resume_slow.py stops processes
+def test_a_stopped_run_says_how_to_continue(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from inflora.methods.linear_probe import LinearProbe
 
     original = LinearProbe.loss
@@ -302,10 +324,8 @@ def test_a_stopped_run_says_how_to_continue(cli: Cli, tmp_path: Path, monkeypatc
     assert num_rows(folder) == 2
 
 
-def test_an_impatient_interrupt_leaves_without_a_traceback(cli: Cli, tmp_path: Path, monkeypatch, request: pytest.FixtureRequest):
-    if "process" in request.node.name:
-        pytest.skip("test_resume_slow.py stops processes")
-
+@pytest.mark.parametrize("cli", ["here"], indirect=True)  # test_resume_slow.py stops processes
+def test_an_impatient_interrupt_leaves_without_a_traceback(cli: Cli, tmp_path: Path, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 

@@ -97,6 +97,17 @@ def test_at_most_64_images_of_each_task_take_part():
     assert InterferenceProbe().num_images == 64
 
 
+def test_a_backbone_in_training_mode_is_measured_without_dropout():
+    vit = toy.toy_vit().train()
+    vit.pos_drop.p = 0.5
+    probe = InterferenceProbe()
+    probe.before(vit)
+    disturb(vit, 0.01)
+    (task, _) = toy.sequence(2).tasks
+    assert probe.after(vit, [task]) == [pytest.approx(direct(toy.toy_vit().eval(), weights(vit), images(task)), rel=1e-5)]
+    assert vit.training
+
+
 def test_nothing_to_measure():
     vit = toy.toy_vit().eval()
     tasks = toy.sequence(2).tasks

@@ -327,7 +327,13 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits(epochs, tmp_path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["method=sequential"], ["method=sequential_full"], ["method=joint"], ["method=linear_probe", "method._target_=toy.TwoSteps"]],
+    [
+        ["method=sequential"],
+        ["method=sequential_full"],
+        ["method=joint"],
+        ["method=linear_probe", "method._target_=toy.TwoSteps"],
+        ["method._target_=test_trainer.Dropping"],  # draws random numbers in every step
+    ],
 )
 def test_every_kind_of_method_goes_on_inside_a_stage(overrides, tmp_path, monkeypatch):
     run_toy(tmp_path / "whole", *TWO_TASKS, *overrides)
@@ -541,3 +547,15 @@ def test_json_of_a_run_is_strict_even_where_a_method_says_nan(tmp_path, monkeypa
     (first, _) = read_events(tmp_path, "task")
     assert (first["odd"], first["array"], first["folder"]) == (None, [1.0, 1.0], "x")
     assert json.loads((tmp_path / "summary.json").read_text())["num_tasks"] == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_gives_the_same(tmp_path):
+    """Also where the covariance passes hang hooks on its layers."""
+    pytest.importorskip("torch._inductor")
+    run_toy(tmp_path / "plain", *TWO_TASKS)
+    run_toy(tmp_path / "compiled", *TWO_TASKS, "trainer.compile=true")
+    for plain, compiled in zip(read_events(tmp_path / "plain"), read_events(tmp_path / "compiled"), strict=True):
+        assert plain.get("protected_dimensions") == compiled.get("protected_dimensions")
+        if plain["event"] == "epoch":
+            assert plain["loss"] == pytest.approx(compiled["loss"], rel=1e-4)
