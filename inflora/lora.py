@@ -9,7 +9,8 @@ Nothing here freezes a weight or knows of tasks: a method decides what trains.
 import copy
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ class LowRankLinear(nn.Linear):
             `set_lora_A` or `reset_lora_A`, or, with `train_A`, a trained Parameter that starts as `reset_lora_A` draws it.
         lora_B: (slices, rows of a slice, rank), a trained Parameter that starts at zero.
         rows: the slices of output rows, in the order of `lora_B`.
+        is_disabled: whether the branch takes no part in `forward`; see `disabled`.
 
     Args:
         linear: the layer to take over.
@@ -61,6 +63,7 @@ class LowRankLinear(nn.Linear):
         self.rows = _checked_rows(rows, self.out_features)
         self.rank = rank
         self.share_A = share_A
+        self.is_disabled = False
 
         shape = (rank, self.in_features) if share_A else (len(self.rows), rank, self.in_features)
         lora_A = self.weight.new_zeros(shape, requires_grad=False)
@@ -86,6 +89,8 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.is_disabled:
+            return F.linear(input, self.weight, self.bias)
         lora_B, lora_A = self.factors()
         tokens = input.reshape(-1, self.in_features)
         output = F.linear(tokens, self.weight, self.bias)
@@ -176,6 +181,19 @@ def check_rank(model: nn.Module, names: Iterable[str], rank: int) -> None:
 def branches(model: nn.Module) -> dict[str, LowRankLinear]:
     """name -> layer, for every layer of `model` that has a branch."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes as if it had no branches: the un-adapted forward, for queries and teachers."""
+    modules = [module for module in branches(model).values() if not module.is_disabled]
+    for module in modules:
+        module.is_disabled = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.is_disabled = False
 
 
 def delta_weight(module: LowRankLinear) -> Tensor:

@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from inflora import config as configuration
 from inflora import report
-from inflora.backbone import Backbone, build_backbone
+from inflora.backbone import Backbone, build_backbone, write_out_attention
 from inflora.checkpoint import CheckpointError, config_differences, lock_run, write_atomically
 from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
@@ -270,6 +270,8 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     except FileNotFoundError:
         load_images()  # where both are missing, the images are the larger errand: say that first
         raise
+    if fabric.device.type == "cpu" and plain["trainer"]["precision"] != "32":
+        write_out_attention(backbone.model)
     seed_everything(plain["seed"], "method")
     method: Method = _instantiate("method", plain["method"], backbone.model)
     # After the method, which checks its arguments: decoding images may take minutes.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inflora import backbone
-from inflora.backbone import SHIPPED_WEIGHTS, Backbone, build_backbone, load_checkpoint, tensors_sha256
+from inflora.backbone import SHIPPED_WEIGHTS, Backbone, build_backbone, load_checkpoint, tensors_sha256, write_out_attention
 
 SMALL = "test_vit.r160_in1k"
 """timm's own smallest vision transformer: 160 pixels, patches of 16, width 64."""
@@ -321,3 +321,19 @@ def test_one_hash_for_what_computes_the_same():
 def test_a_module_is_hashed_through_its_state():
     assert tensors_sha256(nn.Linear(2, 2).state_dict()) != tensors_sha256(nn.Linear(2, 2).state_dict())
     assert backbone.SHIPPED_WEIGHTS.parent.parent == Path(backbone.__file__).parent
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_written_out_is_the_same_function():
+    x = torch.randn(3, 3, 16, 16)
+    fused, written_out = toy.toy_vit().double(), toy.toy_vit().double()
+    write_out_attention(written_out)
+    assert [block.attn.fused_attn for block in written_out.blocks] == [False, False]
+    found = []
+    for model in (fused, written_out):
+        model(x.double()).square().sum().backward()
+        found.append([model(x.double()), *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -203,6 +203,22 @@ def test_autocast_and_empty_batches() -> None:
     assert module(x[:0]).shape == (0, 24)
 
 
+def test_disabled_branches_leave_the_plain_layer() -> None:
+    vit = tiny_vit()
+    x = torch.randn(2, 3, 16, 16)
+    plain = vit(x)
+    for module in lora.inject(vit, lora.qkv_names(vit), 2, rows=lora.kv_rows(16), train_A=True).values():
+        module.lora_B.data.normal_()
+    adapted = vit(x)
+    assert not torch.allclose(adapted, plain)
+    with lora.disabled(vit):
+        assert torch.equal(vit(x), plain)
+        with lora.disabled(vit):
+            pass
+        assert torch.equal(vit(x), plain), "leaving the inner one ends only what it began"
+    assert torch.equal(vit(x), adapted)
+
+
 def test_deep_copies_are_independent() -> None:
     module = layer(rows=KV)
     twin = copy.deepcopy(module)

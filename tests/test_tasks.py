@@ -283,6 +283,23 @@ def test_augmentation_belongs_to_the_image_not_to_its_place() -> None:
     assert len(fewer) == 8 and _images(fewer) < _images(first)
 
 
+def test_raw_images_prepared_by_hand_are_those_of_the_batches() -> None:
+    """Uneven sizes as well as even ones; what a replay buffer keeps can be augmented afresh or prepared as test images."""
+    for size in (8, None):
+        transforms = build_transforms("shift_flip" if size else "inflora", 8)
+        task = sequence(toy_splits(size=size), transforms=transforms)[0]
+        batches = task.batches("test", stream="any")
+        expected = torch.cat([x for x, _ in batches])
+        images, sizes = task.raw(torch.arange(task.num_train))
+        assert images.dtype == torch.uint8 and (sizes is None) == (size == 8)
+        assert torch.equal(task.prepare(images, sizes), expected)
+        ids = torch.arange(task.num_train)
+        once, again, other = (task.prepare(images, sizes, key=key, ids=ids) for key in (1, 1, 2))
+        assert torch.equal(once, again) and not torch.equal(once, other)
+        few = torch.tensor([2, 0])
+        assert torch.equal(task.prepare(*task.raw(few), key=1, ids=few), once[few])
+
+
 def test_lengths() -> None:
     batches = sequence()[0].batches("train", stream="fit")
     assert (batches.num_images, len(batches)) == (20, 4)

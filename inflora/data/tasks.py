@@ -323,6 +323,35 @@ class Task:
             augment_key=stream_seed(seed, f"{stream}:augment", self.index, epoch),
         )
 
+    def raw(self, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Training images as they are stored: what a replay buffer keeps.
+
+        Args:
+            positions: (n,) positions within the task's training images, as `Method.sample_ids` are.
+
+        Returns:
+            uint8 (n, 3, H, W), padded with zeros at the bottom and right, and their true (n, 2) height and width; None in place of the
+            latter where all images of the data set have one size.
+        """
+        pool, rows, _ = self._train
+        return pool.fetch(rows[positions])
+
+    def prepare(self, images: Tensor, sizes: Tensor | None, *, key: int | None = None, ids: Tensor | None = None) -> Tensor:
+        """Raw images, of this task or another, as `batches` delivers them: float32 (n, 3, S, S) on the device.
+
+        Args:
+            images, sizes: as `raw` returns them, on any device.
+            key: augment as in training, with draws that depend only on this number and on `ids`; None: as test images.
+            ids: (n,) integers that tell the images apart.
+        """
+        transform = self._transforms[1] if key is None else self._transforms[0]
+        device = self._loading.device
+        draws = None
+        if key is not None and transform.num_draws > 0:
+            assert ids is not None, "augmentation needs ids"
+            draws = uniform(key, ids, transform.num_draws).to(device)
+        return transform(images.to(device), None if sizes is None else sizes.to(device), draws)
+
     def test_batches(self, limit: int | None = None) -> Batches:
         """A pass over the task's test images, in order; with `limit`, over that many, evenly spaced."""
         pool, rows, labels = self._test

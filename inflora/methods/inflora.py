@@ -5,14 +5,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inflora import lora
 from inflora.data.tasks import Task
-from inflora.method import Method
 from inflora.parts.collective import sum_over_processes
+from inflora.parts.low_rank import LowRankMethod
 from inflora.subspace import CovarianceAccumulator, DualGPM, design_branch, threshold_at
 
 
-class InfLoRA(Method):
+class InfLoRA(LowRankMethod):
     """Low-rank branches on keys and values, each confined to a subspace that leaves the older tasks' inputs alone.
 
     Before a task, one pass over its images gives the second moments of every adapted layer's inputs. Of the directions that `DualGPM` does
@@ -55,10 +54,7 @@ class InfLoRA(Method):
         lora_A_scale: float,
         dual: bool,
     ) -> None:
-        super().__init__(backbone)
-        self.rank = rank
-        self.targets = lora.qkv_names(backbone, blocks)
-        lora.check_rank(backbone, self.targets, rank)
+        super().__init__(backbone, rank=rank, blocks=blocks, share_A=True, train_A=False, merges=True)
         threshold_at(0, 1, threshold, threshold_end)  # complains before any data is loaded
         if decomposition not in ("PC", "PCP"):
             raise ValueError(f"method.decomposition={decomposition} is not known; choose PC or PCP")
@@ -73,14 +69,11 @@ class InfLoRA(Method):
         super().begin_task(task)
         if self.planned_tasks is None:
             self.planned_tasks = task.num_tasks
-        moments = self._input_moments(task, "moments_before")
-        for name, branch in self._inject().items():
+        moments = self._input_moments(task, "moments_before")  # lora_B is still zero: those of the weights before the task
+        for name, branch in self.branches.items():
             branch.set_lora_A(
                 design_branch(moments[name], self.memory[name], self.rank, decomposition=self.decomposition, scale=self.lora_A_scale)
             )
-
-    def _inject(self) -> dict[str, lora.LowRankLinear]:
-        return lora.inject(self.backbone, self.targets, self.rank, rows=lora.kv_rows(self.heads.embed_dim))
 
     def _input_moments(self, task: Task, stream: str) -> dict[str, Tensor]:
         """name -> (embed_dim, embed_dim) second moment of the layer's inputs, over one augmented view of each of the task's images."""
@@ -91,23 +84,13 @@ class InfLoRA(Method):
                     self.features(x)
         return {name: moments.covariance(name) for name in self.targets}
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": [branch.lora_B for branch in lora.branches(self.backbone).values()], "role": "branch"},
-            {"params": list(self.heads.current.parameters()), "role": "head"},
-        ]
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.local_cross_entropy(self.features(x), y)
-
     def end_task(self, task: Task) -> None:
         assert self.planned_tasks is not None
         moments = self._input_moments(task, "moments_after")
         threshold = threshold_at(task.index, self.planned_tasks, self.threshold, self.threshold_end)
         for name in self.targets:
             self.memory[name].update(moments[name], threshold)
-        lora.merge(self.backbone)
-        lora.remove(self.backbone)
+        super().end_task(task)
 
     def diagnostics(self) -> dict[str, Any]:
         """Per adapted block, the dimension of the protected space and how it is stored."""
@@ -118,15 +101,13 @@ class InfLoRA(Method):
 
     def extra_state(self) -> dict[str, Any]:
         return {
+            **super().extra_state(),
             "memory": {name: memory.state_dict() for name, memory in self.memory.items()},
             "planned_tasks": self.planned_tasks,
-            "has_branch": bool(lora.branches(self.backbone)),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
         for name, memory in self.memory.items():
             memory.load_state_dict(state["memory"][name])
         self.planned_tasks = state["planned_tasks"]
-        lora.remove(self.backbone)
-        if state["has_branch"]:
-            self._inject()

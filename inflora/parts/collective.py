@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,6 +18,19 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     if num_processes() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_over_processes(tensor: Tensor) -> Tensor:
+    """The rows (dim 0) of all processes' tensors, one process after the other; their numbers of rows may differ."""
+    if num_processes() == 1:
+        return tensor
+    counts = [0] * num_processes()
+    dist.all_gather_object(counts, len(tensor))
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""The frame of methods that train low-rank branches on the attention's fused projections."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from inflora import lora
+from inflora.data.tasks import Task
+from inflora.method import Method
+
+
+class LowRankMethod(Method):
+    """Low-rank branches on keys and values (or other slices), and the current head, trained with local cross-entropy.
+
+    On its own this is LoRA in sequence without protection. A subclass adds what protects: a penalty in `loss`, a choice of `lora_A` in
+    `begin_task`, a memory in `end_task`.
+
+    Args:
+        backbone: a timm vision transformer without head.
+        rank: of a branch, in 1..embed_dim.
+        blocks: 0-based indices of the adapted blocks; None: all.
+        rows: the adapted slices of the fused projection; None: keys and values.
+        share_A: one `lora_A` for all slices.
+        train_A: whether `lora_A` trains; else it is frozen as `reset_lora_A` draws it, until a subclass fills it.
+        merges: fold the branch into the weights after each task and start the next one with a fresh branch; False: one branch that all
+            tasks go on training.
+
+    Raises:
+        ValueError: if `rank` or `blocks` do not fit the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        rank: int,
+        blocks: list[int] | None,
+        rows: Sequence[slice] | None = None,
+        share_A: bool = False,
+        train_A: bool = True,
+        merges: bool,
+    ) -> None:
+        super().__init__(backbone)
+        self.rank = rank
+        self.targets = lora.qkv_names(backbone, blocks)
+        lora.check_rank(backbone, self.targets, rank)
+        self.rows = lora.kv_rows(self.heads.embed_dim) if rows is None else rows
+        self.share_A, self.train_A, self.merges = share_A, train_A, merges
+
+    @property
+    def branches(self) -> dict[str, lora.LowRankLinear]:
+        """name -> layer, for every layer that has a branch now."""
+        return lora.branches(self.backbone)
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        if not self.branches:
+            self.inject()
+
+    def inject(self) -> dict[str, lora.LowRankLinear]:
+        """Add fresh branches, `lora_A` drawn at random and `lora_B` zero."""
+        branches = lora.inject(self.backbone, self.targets, self.rank, rows=self.rows, share_A=self.share_A, train_A=self.train_A)
+        if not self.train_A:
+            for branch in branches.values():
+                branch.reset_lora_A()
+        return branches
+
+    def branch_parameters(self) -> list[Tensor]:
+        """The trained factors, layer by layer."""
+        return [factor for branch in self.branches.values() for factor in ([branch.lora_A] if self.train_A else []) + [branch.lora_B]]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": self.branch_parameters(), "role": "branch"},
+            {"params": list(self.heads.current.parameters()), "role": "head"},
+        ]
+
+    def loss(self, x: Tensor, y: Tensor) -> Any:
+        return self.local_cross_entropy(self.features(x), y)
+
+    def end_task(self, task: Task) -> None:
+        if self.merges:
+            lora.merge(self.backbone)
+            lora.remove(self.backbone)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"has_branch": bool(self.branches)}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        lora.remove(self.backbone)
+        if state["has_branch"]:
+            self.inject()
