@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class LowRankLinear(nn.Linear):
-    """A linear layer plus a low-rank branch on slices of its output rows; the branch's scale is exactly 1.
+    """A linear layer plus a low-rank branch on slices of its output rows; the branch's scale is exactly 1, unless it trains.
 
     `weight` and `bias` are the very Parameters of the layer it replaces, under the same names.
 
@@ -27,6 +27,7 @@ class LowRankLinear(nn.Linear):
         lora_A: (rank, in), read by all slices, or (slices, rank, in) if each has its own. A frozen buffer of zeros to be filled by
             `set_lora_A` or `reset_lora_A`, or, with `train_A`, a trained Parameter that starts as `reset_lora_A` draws it.
         lora_B: (slices, rows of a slice, rank), a trained Parameter that starts at zero.
+        scale: (slices,), trained factors of the slices' products, which start at one; None without `train_scale`.
         rows: the slices of output rows, in the order of `lora_B`.
         is_disabled: whether the branch takes no part in `forward`; see `disabled`.
 
@@ -36,6 +37,7 @@ class LowRankLinear(nn.Linear):
         rows: slices of equal size, ascending, not overlapping; None: one slice with all rows.
         share_A: one `lora_A` for all slices: its product with the input is then computed once.
         train_A: whether `lora_A` trains.
+        train_scale: whether each slice has a trained factor.
         generator: where a trained `lora_A` is drawn from; None: torch's global generator.
 
     Raises:
@@ -50,6 +52,7 @@ class LowRankLinear(nn.Linear):
         rows: Sequence[slice] | None = None,
         share_A: bool = True,
         train_A: bool = False,
+        train_scale: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate and draw weights only to throw them away
@@ -74,6 +77,7 @@ class LowRankLinear(nn.Linear):
             self.register_buffer("lora_A", lora_A)
         rows_of_a_slice = self.rows[0].stop - self.rows[0].start
         self.lora_B = nn.Parameter(self.weight.new_zeros(len(self.rows), rows_of_a_slice, rank))
+        self.scale = nn.Parameter(self.weight.new_ones(len(self.rows))) if train_scale else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The branch as one pair of matrices (out, columns) and (columns, in), whose product is the change of `weight`.
@@ -84,7 +88,7 @@ class LowRankLinear(nn.Linear):
         lora_B = self.lora_B.new_zeros(self.out_features, len(lora_A))
         for index, rows in enumerate(self.rows):
             columns = slice(None) if self.share_A else slice(index * self.rank, (index + 1) * self.rank)
-            lora_B[rows, columns] = self.lora_B[index]
+            lora_B[rows, columns] = self.lora_B[index] if self.scale is None else self.scale[index] * self.lora_B[index]
         return lora_B, lora_A
 
     def forward(self, input: Tensor) -> Tensor:
@@ -125,8 +129,8 @@ def kv_rows(embed_dim: int) -> tuple[slice, slice]:
     return slice(embed_dim, 2 * embed_dim), slice(2 * embed_dim, 3 * embed_dim)
 
 
-def qkv_names(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[str]:
-    """Names of the qkv projections of a timm ViT: of all blocks, or of those in `blocks` (0-based).
+def chosen_blocks(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[int]:
+    """The 0-based numbers of a timm ViT's blocks: of all, or `blocks` as given.
 
     Raises:
         ValueError: if a block does not exist or is named twice, or the list is empty.
@@ -135,7 +139,16 @@ def qkv_names(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[str]:
     chosen = list(range(depth)) if blocks is None else list(blocks)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(depth)):
         raise ValueError(f"method.blocks={chosen} does not fit this backbone; choose distinct numbers from 0..{depth - 1}, or null for all")
-    return [f"blocks.{block}.attn.qkv" for block in chosen]
+    return chosen
+
+
+def qkv_names(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[str]:
+    """Names of the qkv projections of a timm ViT: of all blocks, or of those in `blocks` (0-based).
+
+    Raises:
+        ValueError: if `blocks` does not fit the model.
+    """
+    return [f"blocks.{block}.attn.qkv" for block in chosen_blocks(vit, blocks)]
 
 
 def inject(
@@ -146,6 +159,7 @@ def inject(
     rows: Sequence[slice] | None = None,
     share_A: bool = True,
     train_A: bool = False,
+    train_scale: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, LowRankLinear]:
     """Put a branch on each named linear layer of `model`, in place; see `LowRankLinear` for the arguments.
@@ -160,7 +174,7 @@ def inject(
     """
     linears = _plain_linears(model, names)
     injected = {
-        name: LowRankLinear(linear, rank, rows=rows, share_A=share_A, train_A=train_A, generator=generator)
+        name: LowRankLinear(linear, rank, rows=rows, share_A=share_A, train_A=train_A, train_scale=train_scale, generator=generator)
         for name, linear in linears.items()
     }
     for name, module in injected.items():
