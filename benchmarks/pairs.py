@@ -267,7 +267,7 @@ class Bench:
     def _begin(self, method: InfLoRA, plain: reference.PlainInfLoRA, designs: list[Tensor]) -> None:
         head = method.heads.grow(2, self.fabric.device)
         plain.add_branch(designs, copy.deepcopy(head).requires_grad_(True))
-        for branch, lora_A in zip(method._inject().values(), designs, strict=True):
+        for branch, lora_A in zip(method.inject().values(), designs, strict=True):
             branch.set_lora_A(lora_A)
 
     def _moments(self, method: InfLoRA, task: Task) -> list[Tensor]:

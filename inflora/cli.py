@@ -1,5 +1,6 @@
 """The command line around `run`: Hydra composes the configuration, faults become one sentence, help is written in words."""
 
+import contextlib
 import difflib
 import os
 import re
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves through `SystemExit` with 0, 1 (a fault, said in one sentence) or 130 (stopped, can be continued)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--help" in arguments or "-h" in arguments:
-        print_help()
+        with contextlib.suppress(BrokenPipeError):  # `--help | head` closes the pipe
+            print_help()
+            sys.stdout.flush()
         sys.exit(0)
     show_traceback = "--traceback" in arguments
     sys.argv[1:] = [argument for argument in arguments if argument != "--traceback"]

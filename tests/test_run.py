@@ -397,6 +397,16 @@ def test_a_run_leaves_nothing_behind(method, tmp_path):
 DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["inflora", "sequential"])
+def test_a_compiled_run_finds_what_a_plain_one_finds(method, tmp_path):
+    plain = run_toy(tmp_path / "plain", f"method={method}")
+    compiled = run_toy(tmp_path / "compiled", f"method={method}", "trainer.compile=true")
+    assert compiled["accuracy_curve"] == plain["accuracy_curve"]
+    for one, other in zip(*(read_events(tmp_path / name, "epoch") for name in ("plain", "compiled")), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 # ---- several processes ---------------------------------------------------------------------------------------------------------------
 
 

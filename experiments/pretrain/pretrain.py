@@ -234,6 +234,9 @@ class Run:
         self.steps_per_epoch = steps_per_epoch
         self.device = choose_device(args.device)
         self.model = build_model(num_classes).to(self.device)
+        if args.bf16 and self.device.type == "cpu":  # the fused kernel's backward pass takes half of a step there
+            for block in self.model.blocks:
+                block.attn.fused_attn = False
         self.average = copy.deepcopy(self.model)
         self.forward = torch.compile(self.model) if args.compile else self.model
         self.optimizer = create_optimizer_v2(self.model, opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98))
