@@ -27,6 +27,7 @@ GROUPS = {
     "backbone": "the pretrained transformer",
     "optimizer": "steps",
     "scheduler": "learning rate over the epochs of a task",
+    "alignment": "what is done to the heads of any method after each task",
     "trainer": "epochs, batch size, device, precision",
     "tracker": "where numbers go, besides the run folder",
     "experiment": "prepared studies",

@@ -66,6 +66,7 @@ class RunConfig:
     dataset: DatasetConfig = MISSING
     backbone: BackboneConfig = MISSING
     method: Any = MISSING
+    alignment: Any = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
     trainer: TrainerConfig = MISSING

@@ -129,21 +129,27 @@ def kv_rows(embed_dim: int) -> tuple[slice, slice]:
     return slice(embed_dim, 2 * embed_dim), slice(2 * embed_dim, 3 * embed_dim)
 
 
-def chosen_blocks(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[int]:
-    """The 0-based numbers of a timm ViT's blocks: of all, or `blocks` as given.
+def chosen_blocks(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> list[int]:
+    """The 0-based numbers of a timm ViT's blocks.
+
+    Args:
+        vit: the transformer.
+        blocks: these; or, as a number, so many from the input on, and all where there are fewer; None: all.
 
     Raises:
         ValueError: if a block does not exist or is named twice, or the list is empty.
     """
     depth = len(cast(nn.Sequential, vit.blocks))
+    if isinstance(blocks, int):
+        blocks = range(min(blocks, depth))
     chosen = list(range(depth)) if blocks is None else list(blocks)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(depth)):
         raise ValueError(f"method.blocks={chosen} does not fit this backbone; choose distinct numbers from 0..{depth - 1}, or null for all")
     return chosen
 
 
-def qkv_names(vit: nn.Module, blocks: Sequence[int] | None = None) -> list[str]:
-    """Names of the qkv projections of a timm ViT: of all blocks, or of those in `blocks` (0-based).
+def qkv_names(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> list[str]:
+    """Names of the qkv projections of a timm ViT: of the `chosen_blocks`.
 
     Raises:
         ValueError: if `blocks` does not fit the model.

@@ -274,6 +274,8 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
         write_out_attention(backbone.model)
     seed_everything(plain["seed"], "method")
     method: Method = _instantiate("method", plain["method"], backbone.model)
+    if plain["alignment"]["_target_"] is not None:
+        method = _instantiate("alignment", plain["alignment"], method)
     # After the method, which checks its arguments: decoding images may take minutes.
     splits = load_images()
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
@@ -394,6 +396,8 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
         "%d epochs a stage, batches of %d: %d steps on %s in precision %s",
         trainer["epochs"], trainer["batch_size"], steps, parts.fabric.device, trainer["precision"],
     )  # fmt: skip
+    if plain["alignment"]["_target_"] is not None:
+        log.info("after every task but the first, all heads are aligned on samples of the classes seen")
     log.info("applied: %s", ", ".join([*origin.applied_files, *([] if has_recipe else ["no published recipe for this pair"])]))
     log.info("writing to %s", plain["output_dir"])
     return plan

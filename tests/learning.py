@@ -15,9 +15,30 @@ from inflora.seeding import seed_everything
 from inflora.trainer import trainable_groups
 
 VARIANTS = {
+    "aper ssf": ["method=aper", "method.variant=ssf"],
+    "aper vpt_deep": ["method=aper", "method.variant=vpt_deep"],
+    "aper vpt_shallow": ["method=aper", "method.variant=vpt_shallow"],
+    "derpp full balanced": ["method=derpp", "method.variant=full", "method.selection=balanced", "method.buffer_size=12"],
+    "er full reservoir": [
+        "method=er",
+        "method.variant=full",
+        "method.selection=reservoir",
+        "method.buffer_size=10",
+        "method.per_class=null",
+        "method.replay_ratio=2",
+    ],
+    "ewc factors": ["method=ewc", "method.variant=factors"],
+    "ewc full batch": ["method=ewc", "method.variant=full", "method.fisher=batch", "method.fisher_images=8"],
+    "icarl peft sigmoid": ["method=icarl", "method.variant=peft", "method.loss_form=sigmoid", "method.per_class=2"],
+    "fecam diag": ["method=fecam", "method.covariance=diag", "method.tukey=0.5"],
+    "fecam shared": ["method=fecam", "method.covariance=shared", "method.alpha2=1"],
     "inflora b1": ["method=inflora", "method.blocks=[0]"],
+    "inflora_ca fresh norm": ["method=inflora_ca", "alignment.fresh_norm=true", "alignment.covariance=diag"],
     "inflora input PCP": ["method=inflora", "method.energy=input", "method.decomposition=PCP", "method.threshold=0.5"],
     "joint full": ["method=joint", "method.variant=full"],
+    "lae adapter": ["method=lae", "method.variant=adapter"],
+    "lwf full": ["method=lwf", "method.variant=full", "method.warmup_epochs=1"],
+    "sequential aligned": ["method=sequential", "alignment=gaussian", "alignment.restore=true", "alignment.temperature=null"],
     "sequential inclora": ["method=sequential", "method.variant=inclora"],
     "sequential inclora_frozen": ["method=sequential", "method.variant=inclora_frozen"],
     "sequential_full seen": ["method=sequential_full", "method.softmax=seen"],
@@ -25,31 +46,62 @@ VARIANTS = {
 CASES = {name: [f"method={name}"] for name in METHODS} | VARIANTS
 
 TRAINS = {
+    "aper": "nothing after the first task",
+    "aper ssf": "nothing after the first task",
+    "aper vpt_deep": "nothing after the first task",
+    "aper vpt_shallow": "nothing after the first task",
+    "c_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
+    "derpp": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
+    "derpp full balanced": r"backbone\..*|heads\..*",
+    "er": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
+    "er full reservoir": r"backbone\..*|heads\..*",
+    "ewc": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
+    "ewc factors": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
+    "ewc full batch": r"backbone\..*|heads\.heads\.NEW\..*",
+    "icarl": r"backbone\..*|heads\..*",
+    "icarl peft sigmoid": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
     "inflora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
     "inflora b1": r"backbone\.blocks\.0\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
     "inflora input PCP": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
+    "fecam": "",
+    "inflora_b5": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
+    "inflora_ca": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
+    "inflora_ca fresh norm": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
     "joint": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
     "joint full": r"backbone\..*|heads\..*",
+    "lae": r"backbone\.blocks\.0\.attn\.qkv\.(lora_[AB]|scale)|offline\.blocks/0/attn/qkv/\w+|heads\.heads\.NEW\..*",
+    "lae adapter": r"backbone\.blocks\.0\.attn\.adapter\..*|offline\.blocks/0/attn/adapter/.*|heads\.heads\.NEW\..*",
     "linear_probe": r"heads\.heads\.NEW\..*",
+    "lwf": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
+    "lwf full": r"backbone\..*|heads\..*",
     "sequential": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
+    "sequential aligned": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "sequential inclora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "sequential inclora_frozen": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
     "sequential_full": r"backbone\..*|heads\.heads\.NEW\..*",
+    "slca": r"backbone\..*|heads\.heads\.NEW\..*",
     "sequential_full seen": r"backbone\..*|heads\..*",
+    "simplecil": "nothing",
 }
 """What trains, by name; NEW is the newest head."""
 
-GROWING: set[str] = set()
+GROWING: set[str] = {"aper", "simplecil", "derpp", "er", "icarl", "lwf", "fecam", "inflora_ca", "slca"}
 """Methods that keep something for every class or task, and say so in their docstring."""
 
 
 def build(overrides: list[str], seed: int = 0) -> Method:
-    """A method on a toy backbone, with branches of rank 2 where it has some."""
-    cfg = compose_config(*overrides).method
+    """A method on a toy backbone, with branches of rank 2, and at most one epoch in which only the head trains, where it has such."""
+    composed = compose_config(*overrides)
+    cfg = composed.method
     if "rank" in cfg:
         cfg.rank = 2
+    if "freeze_epochs" in cfg:
+        cfg.freeze_epochs = 1
     seed_everything(seed, "method")
-    return instantiate(cfg, toy.toy_vit(seed), _convert_="all").eval()
+    method = instantiate(cfg, toy.toy_vit(seed), _convert_="all")
+    if composed.alignment._target_ is not None:
+        method = instantiate(composed.alignment, method, _convert_="all")
+    return method.eval()
 
 
 class Fit:
@@ -73,7 +125,9 @@ class Fit:
             seed_everything(0, "fit", self.task.index, epoch)
             self.method.train()
             self.method.begin_epoch(epoch)
-            for x, y in self.task.batches("train", stream="fit", epoch=epoch):
+            batches = self.task.batches("train", stream="fit", epoch=epoch)
+            for step, (x, y) in enumerate(batches):
+                self.method.sample_ids = batches.sample_ids(step)
                 found = self.method.loss(x, y)
                 for loss in [found] if isinstance(found, Tensor) else found:
                     steps.zero_grad()

@@ -29,7 +29,7 @@ class InfLoRA(LowRankMethod):
     Args:
         backbone: a timm vision transformer without head.
         rank: rows of `lora_A`, in 1..embed_dim.
-        blocks: 0-based indices of the adapted blocks; None: all. [0, 1, 2, 3, 4] is InfLoRA-b5.
+        blocks: 0-based indices of the adapted blocks, or how many from the input on; None: all. 5 is InfLoRA-b5.
         threshold: epsilon at the first task, in [0, 1].
         threshold_end: the epsilon that later tasks approach linearly.
         energy: "gram": energy of the second moments, as the published code has it; "input": of the inputs, as the paper says.
@@ -46,7 +46,7 @@ class InfLoRA(LowRankMethod):
         backbone: Any,
         *,
         rank: int,
-        blocks: list[int] | None,
+        blocks: list[int] | int | None,
         threshold: float,
         threshold_end: float,
         energy: Literal["gram", "input"],
