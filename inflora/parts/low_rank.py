@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from inflora import lora
@@ -25,10 +26,16 @@ class LowRankMethod(Method):
         train_A: whether `lora_A` trains; else it is frozen as `reset_lora_A` draws it, until a subclass fills it.
         merges: fold the branch into the weights after each task and start the next one with a fresh branch; False: one branch that all
             tasks go on training.
+        keeps_sum: keep the dense sum of what has been merged, in `merged_sum`.
+
+    Attributes:
+        merged_sum: (layers, adapted rows, embed_dim) sum of the `updates` of all finished tasks; None without `keeps_sum`.
 
     Raises:
         ValueError: if `rank` or `blocks` do not fit the backbone.
     """
+
+    merged_sum: Tensor | None
 
     def __init__(
         self,
@@ -40,6 +47,7 @@ class LowRankMethod(Method):
         share_A: bool = False,
         train_A: bool = True,
         merges: bool,
+        keeps_sum: bool = False,
     ) -> None:
         super().__init__(backbone)
         self.rank = rank
@@ -47,6 +55,10 @@ class LowRankMethod(Method):
         lora.check_rank(backbone, self.targets, rank)
         self.rows = lora.kv_rows(self.heads.embed_dim) if rows is None else rows
         self.share_A, self.train_A, self.merges = share_A, train_A, merges
+        assert merges or not keeps_sum
+        num_rows = sum(part.stop - part.start for part in self.rows)
+        shape = len(self.targets), num_rows, self.heads.embed_dim
+        self.register_buffer("merged_sum", torch.zeros(shape, device=self.device) if keeps_sum else None)
 
     @property
     def branches(self) -> dict[str, lora.LowRankLinear]:
@@ -66,6 +78,11 @@ class LowRankMethod(Method):
                 branch.reset_lora_A()
         return branches
 
+    def updates(self) -> Tensor:
+        """(layers, adapted rows, embed_dim): what the branches add to the weights, dense. Differentiable."""
+        deltas = [lora.delta_weight(branch) for branch in self.branches.values()]
+        return torch.stack([torch.cat([delta[rows] for rows in self.rows]) for delta in deltas])
+
     def branch_parameters(self) -> list[Tensor]:
         """The trained factors, layer by layer."""
         return [factor for branch in self.branches.values() for factor in ([branch.lora_A] if self.train_A else []) + [branch.lora_B]]
@@ -80,6 +97,9 @@ class LowRankMethod(Method):
         return self.local_cross_entropy(self.features(x), y)
 
     def end_task(self, task: Task) -> None:
+        if self.merged_sum is not None:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self.merged_sum += self.updates()
         if self.merges:
             lora.merge(self.backbone)
             lora.remove(self.backbone)
