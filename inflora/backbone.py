@@ -1,10 +1,12 @@
 """Builds the pretrained vision transformer from an exact timm `architecture.tag`. The only file that imports timm.
 
-`vit_micro`, the small backbone shipped with the package, is registered with timm here and is built like any other.
+`vit_micro`, the small backbone shipped with the package, is registered with timm here and is built like any other. Somebody else's model is
+registered by a module, which its name begins with: `my_package.backbone:my_vit.tag`.
 """
 
 import contextlib
 import hashlib
+import importlib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -93,7 +95,8 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
     """Build the vision transformer `name` and load its weights.
 
     Args:
-        name: timm's exact `architecture.tag`; a bare architecture means different weights in different timm versions and is refused.
+        name: timm's exact `architecture.tag`; a bare architecture means different weights in different timm versions and is refused. Before
+            it, and a colon, a module may stand that makes timm know the architecture.
         pretrained: load the weights of the tag; False leaves a random initialisation, unless `checkpoint` is given.
         checkpoint: a local `.pth`, `.npz` or `.safetensors` file that replaces the download.
         image_size: input height and width in pixels; None takes the one the weights were trained with.
@@ -102,6 +105,9 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
         ValueError: for an unknown or bare name, a model that is not a plain vision transformer, or weights that do not fit it.
         FileNotFoundError: if the checkpoint does not exist, or the weights cannot be downloaded.
     """
+    module, _, name = name.rpartition(":")
+    if module:
+        _import(module, name)
     _check_name(name)
     size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
@@ -139,6 +145,14 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
             "tensors_sha256": tensors_sha256(model.state_dict()),
         },
     )
+
+
+def _import(module: str, name: str) -> None:
+    """Every process of a run builds its own backbone, so each imports the module itself."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"backbone.name={module}:{name} begins with a module that cannot be imported: {error}") from error
 
 
 def _check_name(name: str) -> None:
