@@ -60,11 +60,17 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
-def toy_config(folder: Path, *overrides: str) -> DictConfig:
-    """The configuration of a toy run in `folder`; the branches of methods that have some get rank 2."""
-    method = next((text.removeprefix("method=") for text in overrides if text.startswith("method=")), "inflora")
+def toy_arguments(method: str) -> list[str]:
+    """`TOY` for a method: branches get rank 2 where it has some."""
     has_rank = "rank" in compose_config(f"method={method}").method
-    cfg = compose_config(*TOY, *(["method.rank=2"] if has_rank else []), "output_dir=later", *overrides)
+    return [f"method={method}", *TOY, *(["method.rank=2"] if has_rank else [])]
+
+
+def toy_config(folder: Path, *overrides: str) -> DictConfig:
+    """The configuration of a toy run in `folder`."""
+    method = next((text.removeprefix("method=") for text in overrides if text.startswith("method=")), "inflora")
+    others = [text for text in overrides if text != f"method={method}"]
+    cfg = compose_config(*toy_arguments(method), "output_dir=later", *others)
     cfg.output_dir = str(folder)  # not composed with it: composing takes as long as the run, and is done once per set of overrides
     return cfg
 

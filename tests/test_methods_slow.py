@@ -1,0 +1,156 @@
+"""Every method through the command line, on toys: what a run promises holds for each yaml in conf/method. All of it is slow."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import METHODS, TINY_VIT, Cli, num_rows, read_events, results, toy_arguments, train_py
+
+from inflora.checkpoint import CheckpointFolder
+from inflora.trackers import read_matrix
+from inflora.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),  # minutes on a busy machine
+    pytest.mark.usefixtures("no_report"),
+]
+
+here = pytest.mark.parametrize("cli", ["here"], indirect=True)  # command lines in this process; the sweep below starts one of its own
+every_method = pytest.mark.parametrize("method", METHODS)
+
+MATRICES = ("accuracy_matrix.csv", "task_aware_matrix.csv")
+
+
+def finish(cli: Cli, folder: Path, *arguments: str) -> dict[str, Any]:
+    """Do or continue a run; returns its summary."""
+    said = cli(*arguments, f"output_dir={folder}")
+    assert said.code == 0, said.err
+    return json.loads((folder / "summary.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    last = CheckpointFolder(folder / "checkpoints").latest()
+    assert last is not None
+    return last["method"]["tensors"]
+
+
+def assert_close(folder: Path, other: Path) -> None:
+    """Weights within 1e-4 in norm, and every test image answered the same way."""
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert (value.double() - theirs[name].double()).norm() <= 1e-4 * theirs[name].double().norm(), name
+    for name in MATRICES:
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+# ---- stopping and going on ---------------------------------------------------------------------------------------------------------
+
+
+def stop_in(patch: pytest.MonkeyPatch, name: str, where: Callable[..., bool]) -> None:
+    """SIGTERM in the calls of a method of `Trainer` of which `where` says so; the run stops at the next safe point."""
+    original = getattr(Trainer, name)
+
+    def stopping(self: Trainer, *arguments: Any) -> Any:
+        if where(*arguments):
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    patch.setattr(Trainer, name, stopping)
+
+
+def in_epoch(task: int, epoch: int) -> Callable[..., bool]:
+    """For `Trainer._step`."""
+    return lambda method, *others: (method.task.index, others[-1].epoch) == (task, epoch)
+
+
+@here
+@every_method
+def test_stopped_inside_epochs_and_between_tasks_a_run_ends_with_the_same_bits(method, cli, tmp_path):
+    """Of uneven tasks: 3, 1 and 2 steps an epoch."""
+    arguments = [*toy_arguments(method), "dataset.task_sizes=[3,1,2]"]
+    finish(cli, tmp_path / "whole", *arguments)
+    epochs = [(event["task"], event["epoch"]) for event in read_events(tmp_path / "whole", "epoch")]
+    stops: list[tuple[str, Callable[..., bool]]] = [("_step", in_epoch(*place)) for place in ((0, 1), (2, 0)) if place in epochs]
+    stops.insert(min(1, len(stops)), ("_test", lambda method, sequence, task: task.index == 0))
+    for name, where in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in(patch, name, where)
+            said = cli(*arguments, f"output_dir={tmp_path / 'stopped'}")
+            assert said.code == 130, f"{name}: {said.err}"
+    finish(cli, tmp_path / "stopped", *arguments)
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+# ---- shapes of sequences, and what changes nothing ---------------------------------------------------------------------------------
+
+
+@here
+@every_method
+def test_the_size_of_test_batches_changes_no_number(method, cli, tmp_path):
+    for name, size in (("one", 256), ("other", 5)):
+        finish(cli, tmp_path / name, *toy_arguments(method), f"trainer.eval_batch_size={size}")
+    assert_close(tmp_path / "one", tmp_path / "other")
+
+
+@here
+@every_method
+def test_half_precision(method, cli, tmp_path):
+    found = finish(cli, tmp_path, *toy_arguments(method), "trainer.precision=bf16")
+    assert 0 <= found["last_accuracy"] <= 100
+    for name, value in weights(tmp_path).items():
+        assert value.isfinite().all() and value.dtype is not torch.bfloat16, name
+
+
+@here
+@every_method
+def test_a_sixth_task_is_added_to_five_of_one_class_and_one_epoch(method, cli, tmp_path):
+    images, folder = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    arguments = [*toy_arguments(method), "dataset._target_=toy.growing", f"dataset.root={images}", "trainer.epochs=1"]
+    (images / "num_classes").write_text("5")
+    finish(cli, folder, *arguments, "dataset.num_tasks=5")
+    first = {name: read_matrix(folder / name) for name in MATRICES}
+    (images / "num_classes").write_text("6")
+    if num_rows(folder) == 1:  # all tasks at once
+        said = cli(*arguments, "dataset.num_tasks=6", f"output_dir={folder}")
+        assert said.code == 1 and "holds a run over other tasks" in said.err
+        return
+    finish(cli, folder, *arguments, "dataset.num_tasks=6")
+    assert num_rows(folder) == 6
+    for name in MATRICES:
+        np.testing.assert_array_equal(read_matrix(folder / name)[:5, :5], first[name])
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+# ---- several processes -------------------------------------------------------------------------------------------------------------
+
+
+@here
+@every_method
+def test_two_processes_do_what_one_does(method, cli, tmp_path):
+    """Of the twelve images of a task the last is a batch of its own, and one of two processes gets nothing of it.
+
+    With SGD: Adam makes much of a rounding where a gradient is almost zero, and nothing of a gradient that is twice too large.
+    """
+    arguments = [*toy_arguments(method), *TINY_VIT, "optimizer=sgd", "trainer.batch_size=11"]
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(cli, tmp_path / name, *arguments, f"trainer.num_devices={processes}")
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+# ---- a sweep over all --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_over_all_methods(tmp_path):
+    """On digits, with the shipped backbone and the methods' own tunings."""
+    done = train_py("-m", "method=glob(*)", "debug=default", "trainer.progress=false", "trainer.device=cpu", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = sorted(json.loads(file.read_text())["method"] for file in tmp_path.glob("*/summary.json"))
+    assert found == METHODS
