@@ -15,6 +15,7 @@ from inflora.seeding import seed_everything
 from inflora.trainer import trainable_groups
 
 VARIANTS = {
+    "o_lora l2 normalise": ["method=o_lora", "method.overlap=l2", "method.normalise=true", "method.norm_penalty=0.1"],
     "aper ssf": ["method=aper", "method.variant=ssf"],
     "aper vpt_deep": ["method=aper", "method.variant=vpt_deep"],
     "aper vpt_shallow": ["method=aper", "method.variant=vpt_shallow"],
@@ -46,6 +47,7 @@ VARIANTS = {
 CASES = {name: [f"method={name}"] for name in METHODS} | VARIANTS
 
 TRAINS = {
+    "o_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "aper": "nothing after the first task",
     "aper ssf": "nothing after the first task",
     "aper vpt_deep": "nothing after the first task",
@@ -85,7 +87,7 @@ TRAINS = {
 }
 """What trains, by name; NEW is the newest head."""
 
-GROWING: set[str] = {"aper", "simplecil", "derpp", "er", "icarl", "lwf", "fecam", "inflora_ca", "slca"}
+GROWING: set[str] = {"o_lora", "aper", "simplecil", "derpp", "er", "icarl", "lwf", "fecam", "inflora_ca", "slca"}
 """Methods that keep something for every class or task, and say so in their docstring."""
 
 
