@@ -1,4 +1,4 @@
-"""Heads that grow by task."""
+"""Heads that grow by task, and the mere count of classes where something else scores them."""
 
 from collections.abc import Sequence
 
@@ -51,3 +51,27 @@ class TaskHeads(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all seen classes: (B, embed_dim) -> (B, num_classes)."""
         return torch.cat([head(features) for head in self.heads], dim=1)
+
+
+class ClassCounts(TaskHeads):
+    """The number of classes of every task without a head for them: for methods that score with prototypes and the like."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__(embed_dim)
+        self._sizes: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        return list(self._sizes)
+
+    def grow(self, num_classes: int, device: torch.device) -> None:  # type: ignore[override]
+        self._sizes.append(num_classes)
+
+    def set_sizes(self, sizes: Sequence[int], device: torch.device) -> None:
+        self._sizes = list(sizes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        raise AssertionError("there are no heads here: the method has scores of its own")

@@ -41,7 +41,7 @@ class Method(nn.Module):
     Attributes:
         backbone: a timm vision transformer without classification head; `backbone(x)` is the class token after the final norm.
         num_pretrained: numbers in the backbone as it came, before a method adds anything to it.
-        heads: the classification heads, one per task.
+        heads: the classification heads, one per task; `ClassCounts` in their place where something else scores the classes.
         task: the stage being trained; set by the trainer before `begin_task`, and again when a run is resumed inside a stage.
         sample_ids: (b,) positions, within the task's training images, of the batch given to `loss`, on the CPU; set by the trainer.
     """
@@ -136,7 +136,7 @@ class Method(nn.Module):
     @property
     def num_old_classes(self) -> int:
         """Classes of the stages before the current one."""
-        return self.heads.num_classes - self.heads.current.out_features
+        return self.heads.num_classes - self.heads.sizes[-1]
 
     def features(self, x: Tensor) -> Tensor:
         """Class token after the final norm, (B, embed_dim)."""

@@ -205,3 +205,62 @@ def test_scales_and_shifts_are_those_of_weights():
         shift.is_disabled = True
     assert torch.equal(vit(images()), before)
     torch.testing.assert_close(other(images()), plain(images()), rtol=1e-4, atol=1e-4)
+
+
+# ---- prompt tokens -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_prompt_tokens_take_part_in_the_attention_and_leave_again(deep):
+    """A slow forward: deep, each block sees the image's tokens and its own prompts; shallow, the prompts go through all blocks."""
+    vit, plain = toy.toy_vit().eval(), toy.toy_vit().eval()
+    prompts = adapters.inject_prompt_tokens(vit, 3, deep=deep)
+    assert [name for name, module in vit.named_modules() if isinstance(module, adapters.PromptTokens)] == [
+        f"blocks.{block}.prompt" for block in range(2 if deep else 1)
+    ]
+    assert not any(prompt.tokens.any() for prompt in prompts), "they start at zero"
+    with torch.no_grad():
+        for prompt in prompts:
+            prompt.tokens.normal_(generator=torch.Generator().manual_seed(0))
+
+    x = plain._pos_embed(plain.patch_embed(images()))
+    for index, block in enumerate(cast(Any, plain.blocks)):
+        if deep or index == 0:
+            x = torch.cat([x, prompts[index].tokens.expand(len(x), -1, -1)], dim=1)
+        x = block(x)
+        if deep or index == 1:
+            x = x[:, :-3]
+    torch.testing.assert_close(vit.forward_features(images()), plain.norm(x))
+    assert (vit(images()) - plain(images())).abs().max() > 1e-3
+
+
+def test_a_copy_has_prompt_tokens_of_its_own():
+    vit = toy.toy_vit().eval()
+    adapters.inject_prompt_tokens(vit, 3, deep=False)
+    other = copy.deepcopy(vit)
+    expected = vit(images())
+    with torch.no_grad(), adapters.disabled(vit):
+        adapters.prompt_tokens(vit)[0].tokens.fill_(9.0)
+        assert torch.equal(other(images()), expected)
+
+
+def test_no_prompt_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"method.num_tokens=0 is below 1; choose 1 or more"):
+        adapters.inject_prompt_tokens(toy.toy_vit(), 0, deep=True)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "ssf", "vpt_deep", "vpt_shallow"])
+def test_everything_can_be_switched_off(kind):
+    vit = toy.toy_vit().eval()
+    before = vit(images())
+    if kind == "adapter":
+        trained(inject(vit))
+    elif kind == "ssf":
+        adapters.inject_scale_shift(vit)
+    else:
+        adapters.inject_prompt_tokens(vit, 3, deep=kind == "vpt_deep")
+    adapted = vit(images())
+    assert not torch.equal(adapted, before)
+    with adapters.disabled(vit):
+        assert torch.equal(vit(images()), before)
+    assert torch.equal(vit(images()), adapted)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from inflora.classifier import TaskHeads
+from inflora.classifier import ClassCounts, TaskHeads
 
 CPU = torch.device("cpu")
 
@@ -72,3 +72,15 @@ def test_a_state_fits_after_set_sizes():
     fresh.load_state_dict(trained.state_dict())
     features = torch.randn(4, 8)
     assert torch.equal(fresh(features), trained(features))
+
+
+def test_counts_without_heads_follow_the_same_growth():
+    counts = ClassCounts(8)
+    for size in (3, 2):
+        counts.grow(size, CPU)
+    assert (len(counts), counts.sizes, counts.num_classes) == (2, [3, 2], 5)
+    assert not counts.state_dict()
+    counts.set_sizes([4], CPU)
+    assert (len(counts), counts.sizes, counts.num_classes) == (1, [4], 4)
+    with pytest.raises(AssertionError, match="there are no heads here"):
+        counts(torch.zeros(1, 8))

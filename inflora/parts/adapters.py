@@ -1,4 +1,4 @@
-"""What adapts a frozen ViT beside LoRA: bottleneck adapters parallel to the MLPs, and scales and shifts (SSF).
+"""What adapts a frozen ViT beside LoRA: bottleneck adapters parallel to the MLPs, scales and shifts (SSF), and prompt tokens (VPT).
 
 A block with an adapter computes x + MLP(norm2(x)) + scale * up(relu(down(x))), with x the residual stream after the attention. An adapter
 set is one such adapter in every chosen block; a ViT may hold several sets, of which one takes part in `forward`, or none.
@@ -229,3 +229,73 @@ def _scale_and_shift(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 def scale_shifts(vit: nn.Module) -> list[ScaleShift]:
     """All of them, in the order of the model's modules."""
     return [module for module in vit.modules() if isinstance(module, ScaleShift)]
+
+
+# ---- prompt tokens -----------------------------------------------------------------------------------------------------------------
+
+
+class PromptTokens(nn.Module):
+    """Learned tokens behind those of the image, for one block or several: visual prompt tuning (Jia et al., ECCV 2022, arXiv 2203.12119).
+
+    They start at zero, as in the public code of APER and RanPAC (the paper draws them uniformly).
+
+    Attributes:
+        is_disabled: whether the tokens are left out.
+    """
+
+    def __init__(self, num_tokens: int, dim: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(num_tokens, dim))
+        self.is_disabled = False
+
+    def append(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Forward pre-hook: (B, N, dim) -> (B, N + num_tokens, dim)."""
+        if self.is_disabled:
+            return None
+        x, *others = inputs
+        return torch.cat([x, self.tokens.to(x.dtype).expand(len(x), -1, -1)], dim=1), *others
+
+    def drop(self, block: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        """Forward hook: (B, N + num_tokens, dim) -> (B, N, dim)."""
+        return None if self.is_disabled else output[:, : -len(self.tokens)]
+
+
+def inject_prompt_tokens(vit: nn.Module, num_tokens: int, *, deep: bool) -> list[PromptTokens]:
+    """Give `vit` prompt tokens, in place: fresh ones in every block (deep), or only before the first, dropped after the last.
+
+    They are a child `prompt` of the block that they are put before.
+
+    Raises:
+        ValueError: if `num_tokens` is below 1.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"method.num_tokens={num_tokens} is below 1; choose 1 or more")
+    blocks = _blocks(vit)
+    reference = next(vit.parameters())
+    for first, last in zip(blocks, blocks, strict=True) if deep else [(blocks[0], blocks[-1])]:
+        first.prompt = PromptTokens(num_tokens, int(vit.embed_dim)).to(reference)  # type: ignore[arg-type]
+        first.register_forward_pre_hook(first.prompt.append)
+        last.register_forward_hook(first.prompt.drop)
+    return prompt_tokens(vit)
+
+
+def prompt_tokens(vit: nn.Module) -> list[PromptTokens]:
+    """All of them, from the first block on."""
+    return [module for module in vit.modules() if isinstance(module, PromptTokens)]
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disabled(vit: nn.Module) -> Iterator[None]:
+    """Inside, `vit` computes as if it had nothing of this file."""
+    switched = [module for module in (*scale_shifts(vit), *prompt_tokens(vit)) if not module.is_disabled]
+    for module in switched:
+        module.is_disabled = True
+    try:
+        with active(vit, None):
+            yield
+    finally:
+        for module in switched:
+            module.is_disabled = False
