@@ -158,17 +158,21 @@ class _Pool:
         """Positions in `rows` (B,) to load together: all where images have one size, else groups of similar size."""
         if self._store.sizes is None:
             return [torch.arange(len(rows))]
-        sizes = self._store.sizes[rows]
-        groups: list[list[int]] = []
-        height = width = 0
-        for position in sizes.prod(1).argsort(stable=True).tolist():
-            h, w = sizes[position].tolist()
-            height, width = max(height, h), max(width, w)
-            if not groups or 3 * height * width * (len(groups[-1]) + 1) > CHUNK_BYTES:
-                groups.append([])
-                height, width = h, w
-            groups[-1].append(position)
-        return [torch.tensor(sorted(group)) for group in groups]
+        return similar_sizes(self._store.sizes[rows])
+
+
+def similar_sizes(sizes: Tensor) -> list[Tensor]:
+    """Images (n, 2 = height and width) in groups of similar size: positions to pad to a common size, at most `CHUNK_BYTES` at a time."""
+    groups: list[list[int]] = []
+    height = width = 0
+    for position in sizes.prod(1).argsort(stable=True).tolist():
+        h, w = sizes[position].tolist()
+        height, width = max(height, h), max(width, w)
+        if not groups or 3 * height * width * (len(groups[-1]) + 1) > CHUNK_BYTES:
+            groups.append([])
+            height, width = h, w
+        groups[-1].append(position)
+    return [torch.tensor(sorted(group)) for group in groups]
 
 
 _Loaded = tuple[Tensor, int, list[tuple[Tensor, Tensor, Tensor | None]]]
