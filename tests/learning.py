@@ -43,6 +43,10 @@ VARIANTS = {
     "sequential inclora": ["method=sequential", "method.variant=inclora"],
     "sequential inclora_frozen": ["method=sequential", "method.variant=inclora_frozen"],
     "sequential_full seen": ["method=sequential_full", "method.softmax=seen"],
+    "coda_prompt penalty": ["method=coda_prompt", "method.orthogonality=0.1", "method.num_components=2"],
+    "dualprompt original": ["method=dualprompt", "method.variant=original"],
+    "hide_prompt covariance": ["method=hide_prompt", "method.statistics=covariance", "method.align_epochs=3"],
+    "l2p prompt": ["method=l2p", "method.variant=prompt", "method.length=3"],
 }
 CASES = {name: [f"method={name}"] for name in METHODS} | VARIANTS
 
@@ -84,10 +88,32 @@ TRAINS = {
     "slca": r"backbone\..*|heads\.heads\.NEW\..*",
     "sequential_full seen": r"backbone\..*|heads\..*",
     "simplecil": "nothing",
+    "coda_prompt": r"(components|keys|attentions)\.NEW|heads\.heads\.NEW\..*",
+    "coda_prompt penalty": r"(components|keys|attentions)\.NEW|heads\.heads\.NEW\..*",
+    "dualprompt": r"g_prompt|(e_prompts|keys)\.NEW|heads\.heads\.NEW\..*",
+    "dualprompt original": r"g_prompt|(e_prompts|keys)\.NEW|heads\.heads\.NEW\..*",
+    "hide_prompt": r"e_prompts\.NEW|task_mlp\..*|(task_)?heads\.heads\.NEW\..*",
+    "hide_prompt covariance": r"e_prompts\.NEW|task_mlp\..*|(task_)?heads\.heads\.NEW\..*",
+    "l2p": r"pool|keys|heads\.heads\.NEW\..*",
+    "l2p prompt": r"pool|keys|heads\.heads\.NEW\..*",
 }
 """What trains, by name; NEW is the newest head."""
 
-GROWING: set[str] = {"o_lora", "aper", "simplecil", "derpp", "er", "icarl", "lwf", "fecam", "inflora_ca", "slca"}
+GROWING: set[str] = {
+    "o_lora",
+    "aper",
+    "simplecil",
+    "derpp",
+    "er",
+    "icarl",
+    "lwf",
+    "fecam",
+    "inflora_ca",
+    "slca",
+    "coda_prompt",
+    "dualprompt",
+    "hide_prompt",
+}
 """Methods that keep something for every class or task, and say so in their docstring."""
 
 

@@ -1,0 +1,85 @@
+"""Several centroids for every seen class, with the variances around each: a smaller account of its features than a covariance."""
+
+from collections.abc import Callable
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from inflora.data.tasks import Task
+from inflora.parts.class_statistics import RIDGE, GrowingBuffers, task_features
+from inflora.parts.collective import gather_over_processes
+
+
+class ClassCentroids(GrowingBuffers):
+    """k-means of every class's features, taken once, when its task has been learned; each centroid stands for a diagonal Gaussian.
+
+    Put it in a method as a submodule: its buffers are then saved, loaded and moved with the method. Stores 2 * count * embed_dim floats per
+    class.
+
+    Attributes:
+        sizes: (C, count) images of each centroid; 0 where a class has fewer different images than centroids.
+        means, variances: (C, count, D).
+
+    Args:
+        dim: D, the length of a feature.
+        count: centroids of a class.
+    """
+
+    sizes: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.dim, self.count = dim, count
+        self.register_buffer("sizes", torch.zeros(0, count, dtype=torch.long))
+        self.register_buffer("means", torch.zeros(0, count, dim))
+        self.register_buffer("variances", torch.zeros(0, count, dim))
+
+    def __len__(self) -> int:
+        """Classes seen."""
+        return len(self.sizes)
+
+    @torch.no_grad()
+    def add(self, task: Task, features: Callable[[Tensor], Tensor]) -> None:
+        """Take in the classes of `task`, from all its training images as test images are prepared; over all processes.
+
+        Args:
+            features: (B, 3, H, W) images -> (B, D).
+        """
+        assert len(self) == task.num_old_classes, "every task once, in order"
+        found = list(task_features(task, features))
+        own = torch.cat([self.means.new_zeros(0, self.dim), *(batch for batch, _ in found)])
+        labels = torch.cat([self.sizes.new_zeros(0), *(batch for _, batch in found)])
+        everything, labels = gather_over_processes(own).cpu().double(), gather_over_processes(labels).cpu()
+        order = everything.sum(dim=1).argsort(stable=True)  # one that does not depend on the number of processes
+        everything, labels = everything[order], labels[order]
+        for label in range(len(self), len(self) + task.num_classes):
+            self._append(everything[labels == label])
+
+    def _append(self, features: Tensor) -> None:
+        """Take in the next class, from its (n, D) features; n may be 0."""
+        sizes, means = torch.zeros(1, self.count), torch.zeros(1, self.count, self.dim, dtype=torch.float64)
+        variances = torch.zeros_like(means)
+        count = min(self.count, len(features.unique(dim=0)))
+        if count:
+            kmeans = KMeans(count, n_init=1, random_state=int(torch.randint(2**31, ())))  # type: ignore[arg-type]
+            assigned = torch.from_numpy(kmeans.fit_predict(features.numpy()))
+            for centroid in range(count):
+                members = features[assigned == centroid]
+                sizes[0, centroid] = len(members)
+                means[0, centroid], variances[0, centroid] = members.mean(0), members.var(0, correction=0)
+        self.sizes = torch.cat([self.sizes, sizes.to(self.sizes)])
+        self.means = torch.cat([self.means, means.to(self.means)])
+        self.variances = torch.cat([self.variances, variances.to(self.variances)])
+
+    def centers(self) -> tuple[Tensor, Tensor]:
+        """Every centroid there is: (n, D), and the class of each, (n,)."""
+        return self.means[self.sizes > 0], self.sizes.nonzero()[:, 0]
+
+    def sample(self, chosen: Tensor) -> Tensor:
+        """(m, D) features, one from each of the (m,) centroids, numbered as in `centers`; the same on all devices and in all processes."""
+        noise = torch.randn(len(chosen), self.dim).to(self.means)
+        is_there = self.sizes > 0
+        return self.means[is_there][chosen] + noise * (self.variances[is_there] + RIDGE).sqrt()[chosen]
