@@ -40,6 +40,8 @@ VARIANTS = {
     "lae adapter": ["method=lae", "method.variant=adapter"],
     "lwf full": ["method=lwf", "method.variant=full", "method.warmup_epochs=1"],
     "sequential aligned": ["method=sequential", "alignment=gaussian", "alignment.restore=true", "alignment.temperature=null"],
+    "ranpac none": ["method=ranpac", "method.variant=none"],
+    "ranpac ssf": ["method=ranpac", "method.variant=ssf"],
     "sequential inclora": ["method=sequential", "method.variant=inclora"],
     "sequential inclora_frozen": ["method=sequential", "method.variant=inclora_frozen"],
     "sequential_full seen": ["method=sequential_full", "method.softmax=seen"],
@@ -52,10 +54,10 @@ CASES = {name: [f"method={name}"] for name in METHODS} | VARIANTS
 
 TRAINS = {
     "o_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
-    "aper": "nothing after the first task",
-    "aper ssf": "nothing after the first task",
-    "aper vpt_deep": "nothing after the first task",
-    "aper vpt_shallow": "nothing after the first task",
+    "aper": "",
+    "aper ssf": "",
+    "aper vpt_deep": "",
+    "aper vpt_shallow": "",
     "c_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "derpp": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
     "derpp full balanced": r"backbone\..*|heads\..*",
@@ -80,6 +82,9 @@ TRAINS = {
     "linear_probe": r"heads\.heads\.NEW\..*",
     "lwf": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\..*",
     "lwf full": r"backbone\..*|heads\..*",
+    "ranpac": "",
+    "ranpac none": "",
+    "ranpac ssf": "",
     "sequential": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "sequential aligned": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "sequential inclora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
@@ -87,7 +92,8 @@ TRAINS = {
     "sequential_full": r"backbone\..*|heads\.heads\.NEW\..*",
     "slca": r"backbone\..*|heads\.heads\.NEW\..*",
     "sequential_full seen": r"backbone\..*|heads\..*",
-    "simplecil": "nothing",
+    "ease": r"backbone\.blocks\.\d\.adapters\.NEW\..*|classifier\..*",
+    "simplecil": "",
     "coda_prompt": r"(components|keys|attentions)\.NEW|heads\.heads\.NEW\..*",
     "coda_prompt penalty": r"(components|keys|attentions)\.NEW|heads\.heads\.NEW\..*",
     "dualprompt": r"g_prompt|(e_prompts|keys)\.NEW|heads\.heads\.NEW\..*",
@@ -100,6 +106,8 @@ TRAINS = {
 """What trains, by name; NEW is the newest head."""
 
 GROWING: set[str] = {
+    "ease",
+    "ranpac",
     "o_lora",
     "aper",
     "simplecil",
@@ -123,6 +131,8 @@ def build(overrides: list[str], seed: int = 0) -> Method:
     cfg = composed.method
     if "rank" in cfg:
         cfg.rank = 2
+    if "num_projections" in cfg:
+        cfg.num_projections = 20
     if "freeze_epochs" in cfg:
         cfg.freeze_epochs = 1
     seed_everything(seed, "method")
