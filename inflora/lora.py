@@ -9,9 +9,9 @@ Nothing here freezes a weight or knows of tasks: a method decides what trains.
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,16 +79,25 @@ class LowRankLinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(len(self.rows), rows_of_a_slice, rank))
         self.scale = nn.Parameter(self.weight.new_ones(len(self.rows))) if train_scale else None
 
+    def sliced_factors(self) -> tuple[Tensor, Tensor]:
+        """The branch as `lora_B` and `lora_A` are shaped, scale included. Differentiable.
+
+        What a subclass returns here, of whatever rank, is what the layer computes and what is merged.
+        """
+        lora_B = self.lora_B if self.scale is None else self.scale.view(-1, 1, 1) * self.lora_B
+        return lora_B, self.lora_A
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """The branch as one pair of matrices (out, columns) and (columns, in), whose product is the change of `weight`.
 
         `columns` is the rank, or slices * rank if each slice has its own `lora_A`; rows outside the slices are zero. Differentiable.
         """
-        lora_A = self.lora_A.flatten(0, -2)
-        lora_B = self.lora_B.new_zeros(self.out_features, len(lora_A))
+        sliced_B, lora_A = self.sliced_factors()
+        rank, lora_A = lora_A.shape[-2], lora_A.flatten(0, -2)
+        lora_B = sliced_B.new_zeros(self.out_features, len(lora_A))
         for index, rows in enumerate(self.rows):
-            columns = slice(None) if self.share_A else slice(index * self.rank, (index + 1) * self.rank)
-            lora_B[rows, columns] = self.lora_B[index] if self.scale is None else self.scale[index] * self.lora_B[index]
+            columns = slice(None) if self.share_A else slice(index * rank, (index + 1) * rank)
+            lora_B[rows, columns] = sliced_B[index]
         return lora_B, lora_A
 
     def forward(self, input: Tensor) -> Tensor:
@@ -102,6 +111,11 @@ class LowRankLinear(nn.Linear):
         # The zero rows of lora_B cost less than that. Autocast leaves in-place products alone, hence the cast.
         output.addmm_(F.linear(tokens, lora_A), lora_B.to(output.dtype).mT)
         return output.view(*input.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Make the branch contribute nothing, as when it was new."""
+        self.lora_B.zero_()
 
     @torch.no_grad()
     def set_lora_A(self, lora_A: Tensor) -> None:
@@ -122,6 +136,9 @@ class LowRankLinear(nn.Linear):
     def extra_repr(self) -> str:
         rows = ", ".join(f"{rows.start}:{rows.stop}" for rows in self.rows)
         return f"{super().extra_repr()}, rank={self.rank}, rows=[{rows}]"
+
+
+Branch = TypeVar("Branch", bound=LowRankLinear)
 
 
 def kv_rows(embed_dim: int) -> tuple[slice, slice]:
@@ -167,10 +184,14 @@ def inject(
     train_A: bool = False,
     train_scale: bool = False,
     generator: torch.Generator | None = None,
-) -> dict[str, LowRankLinear]:
+    layer: Callable[..., Branch] = LowRankLinear,
+) -> dict[str, Branch]:
     """Put a branch on each named linear layer of `model`, in place; see `LowRankLinear` for the arguments.
 
     The model computes what it did before, until `lora_B` trains.
+
+    Args:
+        layer: what takes a layer's place: `LowRankLinear` or a subclass.
 
     Returns:
         name -> the new layer, in the order of `names`.
@@ -180,7 +201,7 @@ def inject(
     """
     linears = _plain_linears(model, names)
     injected = {
-        name: LowRankLinear(linear, rank, rows=rows, share_A=share_A, train_A=train_A, train_scale=train_scale, generator=generator)
+        name: layer(linear, rank, rows=rows, share_A=share_A, train_A=train_A, train_scale=train_scale, generator=generator)
         for name, linear in linears.items()
     }
     for name, module in injected.items():
@@ -238,7 +259,7 @@ def merge(model: nn.Module) -> None:
     """Fold every branch into its weight, in place, and start it again at `lora_B` = 0: the model computes the same."""
     for module in branches(model).values():
         module.weight.copy_(effective_weight(module))
-        module.lora_B.zero_()
+        module.clear()
 
 
 def remove(model: nn.Module) -> None:

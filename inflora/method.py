@@ -142,23 +142,23 @@ class Method(nn.Module):
         """Class token after the final norm, (B, embed_dim)."""
         return self.backbone(x)
 
-    def local_cross_entropy(self, features: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy over the current stage's classes only: old heads take no part.
+    def local_cross_entropy(self, features: Tensor, y: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Cross-entropy over the current stage's classes only, of scores divided by `temperature`: old heads take no part.
 
         With a single class that loss is identically zero and nothing would train, so from the second stage on such a stage uses the
         softmax over all seen classes; the old heads stay frozen.
         """
         if self.num_old_classes and self.heads.current.out_features == 1:
-            return self.global_cross_entropy(features, y)
+            return self.global_cross_entropy(features, y, temperature=temperature)
         scores = self.heads.current(features)
         self.observe(scores, y - self.num_old_classes)
-        return F.cross_entropy(scores, y - self.num_old_classes)
+        return F.cross_entropy(scores / temperature, y - self.num_old_classes)
 
-    def global_cross_entropy(self, features: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy over all seen classes."""
+    def global_cross_entropy(self, features: Tensor, y: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Cross-entropy over all seen classes, of scores divided by `temperature`."""
         scores = self.heads(features)
         self.observe(scores, y)
-        return F.cross_entropy(scores, y)
+        return F.cross_entropy(scores / temperature, y)
 
     def observe(self, scores: Tensor, y: Tensor) -> None:
         """Count right answers on a training batch, for the progress display: stays on the device, no synchronisation."""

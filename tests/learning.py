@@ -15,6 +15,7 @@ from inflora.seeding import seed_everything
 from inflora.trainer import trainable_groups
 
 VARIANTS = {
+    "sd_lora rr": ["method=sd_lora", "method.rank_reduction={1: 1}"],
     "o_lora l2 normalise": ["method=o_lora", "method.overlap=l2", "method.normalise=true", "method.norm_penalty=0.1"],
     "aper ssf": ["method=aper", "method.variant=ssf"],
     "aper vpt_deep": ["method=aper", "method.variant=vpt_deep"],
@@ -53,6 +54,8 @@ VARIANTS = {
 CASES = {name: [f"method={name}"] for name in METHODS} | VARIANTS
 
 TRAINS = {
+    "sd_lora rr": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|magnitudes|heads\.heads\.NEW\..*",
+    "sd_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|magnitudes|heads\.heads\.NEW\..*",
     "o_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
     "aper": "",
     "aper ssf": "",
@@ -106,6 +109,7 @@ TRAINS = {
 """What trains, by name; NEW is the newest head."""
 
 GROWING: set[str] = {
+    "sd_lora",
     "ease",
     "ranpac",
     "o_lora",

@@ -160,6 +160,39 @@ def test_trained_lora_A_is_drawn_as_lora_does() -> None:
     assert 0.9 * 300**-0.5 < own.lora_A.abs().max() <= 300**-0.5  # each slice is drawn for 300 inputs
 
 
+class Doubled(LowRankLinear):
+    """A layer whose branch is more than its trained factors: it counts them twice, once as columns of their own."""
+
+    def sliced_factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.lora_B, self.lora_B], -1), torch.cat([self.lora_A, self.lora_A], -2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_that_says_its_own_factors_computes_and_merges_them(layout: dict[str, Any]) -> None:
+    plain = layer(**layout, train_A=True)
+    model = nn.Sequential(nn.Linear(8, 24, dtype=torch.float64))
+    (ours,) = lora.inject(model, ["0"], 3, **{"share_A": True} | layout, train_A=True, layer=Doubled).values()
+    assert type(ours) is Doubled
+    ours.load_state_dict(plain.state_dict())
+    expected = plain.weight + 2 * dense_delta(plain)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    before = ours(x)
+    assert torch.allclose(before, F.linear(x, expected, plain.bias), atol=1e-12)
+    assert torch.allclose(lora.effective_weight(ours), expected, atol=1e-12)
+    assert torch.allclose(lora.delta_weight(ours), 2 * dense_delta(plain), atol=1e-12)
+    assert torch.allclose(lora.merged_copy(model)(x), before, atol=1e-12)
+    lora.merge(model)
+    assert torch.allclose(model(x), before, atol=1e-12)
+    assert not lora.delta_weight(ours).any()
+
+
+def test_a_cleared_branch_is_as_good_as_new() -> None:
+    module = layer(rows=KV)
+    lora_A = module.lora_A.clone()
+    module.clear()
+    assert torch.equal(module.lora_A, lora_A) and not module.lora_B.any()
+
+
 def test_frozen_random_lora_A() -> None:
     module = LowRankLinear(nn.Linear(8, 24), 2)
     module.reset_lora_A(torch.Generator().manual_seed(1))

@@ -9,6 +9,7 @@ from learning import Fit, build, learn, scores, test_images
 from torch import Tensor
 
 from inflora import lora
+from inflora.interference import InterferenceProbe
 from inflora.parts.low_rank import LowRankMethod
 
 D = toy.EMBED_DIM
@@ -250,3 +251,172 @@ def test_o_lora_predicts_the_same_before_and_after_merging():
 )
 def test_o_lora_refuses_what_it_does_not_know(override, message):
     refused(message, "method=o_lora", f"method.{override}")
+
+
+# ---- SD-LoRA -----------------------------------------------------------------------------------------------------------------------
+
+
+def slowly(method: Any, start: dict[str, Tensor], finished: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """W + sum a_j B_j A_j / (|B_j| |A_j|) + a_t B_t A_t, from the factors each task ended with, in float64."""
+    found = {}
+    for name, weight in start.items():
+        total = weight.double()
+        branch = method.branches[name]
+        for part, rows in enumerate((slice(0, D), slice(2 * D, 3 * D))):
+            for magnitude, factors in zip(method.magnitudes.tolist(), finished, strict=False):
+                A, B = (factor[part].double() for factor in factors[name])
+                total[rows] += magnitude * B @ A / (A.square().sum().sqrt() * B.square().sum().sqrt())
+            total[rows] += method.magnitudes.tolist()[-1] * (branch.lora_B[part].double() @ branch.lora_A[part].double()).detach()
+        found[name] = total
+    return found
+
+
+@pytest.mark.parametrize("overrides", [[], ["method.rank_reduction={1: 1}"]])
+def test_sd_lora_weights_are_normalised_directions_times_shared_magnitudes(overrides):
+    method: Any = build(["method=sd_lora", *overrides])
+    start, finished = weights(method), []
+    for task in toy.sequence():
+        fit = Fit(method, task).begin()
+        for moment in ("begun", "trained"):
+            if moment == "trained":
+                fit.train(epochs=3, lr=3e-2)
+            for name, expected in slowly(method, start, finished).items():
+                torch.testing.assert_close(weights(method)[name], expected.float(), rtol=0, atol=1e-6)
+                assert torch.equal(weights(method)[name][D : 2 * D], start[name][D : 2 * D]), "keys stay bit for bit"
+        assert (method.magnitudes - 0.8).abs().min() > 1e-3, "all magnitudes have trained"
+        fit.end()
+        finished.append({name: (b.lora_A.detach().clone(), b.lora_B.detach().clone()) for name, b in method.branches.items()})
+
+
+def test_sd_lora_directions_have_norm_one_and_never_change():
+    method: Any = build(["method=sd_lora"])
+    kept: list[Tensor] = []
+    for task in toy.sequence(4, num_classes=8):
+        Fit(method, task).begin().train(epochs=2).end()
+        branch = next(iter(method.branches.values()))
+        assert branch.old_A.shape[-2] == branch.old_B.shape[-1] == 2 * task.index
+        for j in range(task.index):
+            own = slice(2 * j, 2 * j + 2)
+            torch.testing.assert_close(branch.old_A[:, own].norm(dim=(1, 2)), torch.ones(2))
+            torch.testing.assert_close(branch.old_B[..., own].norm(dim=(1, 2)), torch.ones(2))
+        for old, now in zip(kept, (branch.old_A, branch.old_B), strict=False):
+            assert torch.equal(old, now.narrow(1 if now is branch.old_A else 2, 0, max(0, 2 * task.index - 2)))
+        kept = [branch.old_A.clone(), branch.old_B.clone()]
+
+
+def test_sd_lora_magnitudes_are_one_per_task_shared_by_all_layers_and_made_anew():
+    method: Any = build(["method=sd_lora"])
+    for task in toy.sequence():
+        fit = Fit(method, task).begin()
+        assert torch.equal(method.magnitudes.detach(), torch.full((task.index + 1,), 0.8))
+        x, y = next(iter(task.batches("train", stream="fit")))
+        with torch.no_grad():
+            for branch in method.branches.values():
+                branch.lora_B.normal_()
+        (shared,) = torch.autograd.grad(method.loss(x, y), [method.magnitudes])
+        apart = []
+        for branch in method.branches.values():  # the gradient each layer adds: the others hold a copy that is not asked for
+            for other in method.branches.values():
+                other._magnitudes = [method.magnitudes if other is branch else method.magnitudes.detach()]
+            apart.append(torch.autograd.grad(method.loss(x, y), [method.magnitudes])[0])
+        for branch in method.branches.values():
+            branch._magnitudes = [method.magnitudes]
+            branch.clear()
+        torch.testing.assert_close(shared, sum(apart))
+        assert all(part.abs().max() > 0 for part in apart)
+        fit.train(epochs=2).end()
+
+
+def test_sd_lora_merged_equals_unmerged():
+    method: Any = build(["method=sd_lora"])
+    tasks = toy.sequence()
+    x = test_images(tasks)
+    for task in tasks:
+        learn(method, [task], epochs=3)
+        merged = lora.merged_copy(method.backbone)
+        assert not lora.branches(merged)
+        with torch.no_grad():
+            expected = method.features(x)
+            torch.testing.assert_close(merged(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_sd_lora_switched_off_is_the_pretrained_model():
+    method: Any = build(["method=sd_lora"])
+    tasks = toy.sequence()
+    x = test_images(tasks)
+    learn(method, tasks, epochs=2)
+    with torch.no_grad(), lora.disabled(method.backbone):
+        assert torch.equal(method.features(x), toy.toy_vit()(x))
+
+
+def test_sd_lora_interference_is_that_of_the_weights_it_multiplies_with():
+    """Its directions are no part of `weight`: the probe has to see them, and the jump at the start of a task."""
+    method: Any = build(["method=sd_lora"])
+    tasks = list(toy.sequence())
+    learn(method, tasks[:1], epochs=3)
+    probe = InterferenceProbe()
+    probe.before(method.backbone)
+    before = weights(method)
+    Fit(method, tasks[1]).begin()
+    found = probe.after(method.backbone, tasks[:1])
+    assert found is not None
+    name = method.targets[0]
+    inputs = []
+    x, _ = next(iter(tasks[0].test_batches()))
+    handle = method.backbone.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        method.features(x)
+    handle.remove()
+    change = (weights(method)[name] - before[name])[D:]
+    ratio = (inputs[0] @ change.T).norm() / (inputs[0] @ before[name][D:].T).norm()
+    assert ratio > 1e-3
+    assert found[0][0] == pytest.approx(ratio.item(), rel=1e-4)
+
+
+def test_sd_lora_rank_falls_with_the_tasks():
+    method: Any = build(["method=sd_lora", "method.rank_reduction={4: 8, 8: 6}"])
+    method.rank = 10
+    assert [method.rank_of(t) for t in range(10)] == [10] * 4 + [8] * 4 + [6] * 2
+    assert build(["method=sd_lora"]).rank_of(7) == 2  # type: ignore[operator]
+
+
+def test_sd_lora_draws_heads_as_its_code_does():
+    method: Any = build(["method=sd_lora"])
+    Fit(method, toy.sequence(1, num_classes=40)[0]).begin()
+    bound = (3 / D) ** 0.5
+    assert 0.95 * bound < method.heads.current.weight.abs().max() <= bound
+    assert not method.heads.current.bias.any()
+
+
+def test_sd_lora_a_branch_that_never_moved_has_no_direction():
+    method: Any = build(["method=sd_lora"])
+    first, second = toy.sequence(2, num_classes=2)
+    learn(method, [first])  # one class: nothing trains
+    Fit(method, second).begin()
+    for branch in method.branches.values():
+        assert branch.old_A.isfinite().all() and not branch.old_B.any()
+
+
+def test_sd_lora_compiles_without_graph_breaks():
+    method: Any = begun("sd_lora")
+    torch.compiler.reset()
+    module = next(iter(method.branches.values()))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, D)
+    torch.testing.assert_close(compiled(x), module(x))
+    wanted = [module.lora_A, module.lora_B, method.magnitudes]
+    expected = torch.autograd.grad(module(x).sin().sum(), wanted)
+    for ours, theirs in zip(torch.autograd.grad(compiled(x).sin().sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("magnitude=0", "method.magnitude=0 starts without the branches; choose a number above 0, such as 0.8"),
+        ("rank_reduction={0: 4}", r"method.rank_reduction=\{0: 4\} is no map from tasks \(1 or more\) to ranks in 1..32"),
+        ("rank_reduction={3: 33}", r"method.rank_reduction=\{3: 33\} is no map from tasks \(1 or more\) to ranks in 1..32"),
+    ],
+)
+def test_sd_lora_refuses_what_does_not_fit(override, message):
+    refused(message, "method=sd_lora", f"method.{override}")

@@ -2,13 +2,9 @@
 
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from inflora.data.tasks import Task
-from inflora.parts.collective import sum_over_processes
 from inflora.parts.low_rank import LowRankMethod
-from inflora.subspace import CovarianceAccumulator, DualGPM, design_branch, threshold_at
+from inflora.subspace import DualGPM, design_branch, threshold_at
 
 
 class InfLoRA(LowRankMethod):
@@ -69,24 +65,15 @@ class InfLoRA(LowRankMethod):
         super().begin_task(task)
         if self.planned_tasks is None:
             self.planned_tasks = task.num_tasks
-        moments = self._input_moments(task, "moments_before")  # lora_B is still zero: those of the weights before the task
+        moments = self.input_moments(task, "moments_before")  # lora_B is still zero: those of the weights before the task
         for name, branch in self.branches.items():
             branch.set_lora_A(
                 design_branch(moments[name], self.memory[name], self.rank, decomposition=self.decomposition, scale=self.lora_A_scale)
             )
 
-    def _input_moments(self, task: Task, stream: str) -> dict[str, Tensor]:
-        """name -> (embed_dim, embed_dim) second moment of the layer's inputs, over one augmented view of each of the task's images."""
-        layers = {name: self.backbone.get_submodule(name) for name in self.targets}
-        with torch.no_grad(), CovarianceAccumulator(layers, reduce=sum_over_processes) as moments:  # type: ignore[arg-type]
-            for x, _ in task.batches("train", stream=stream):
-                if len(x):
-                    self.features(x)
-        return {name: moments.covariance(name) for name in self.targets}
-
     def end_task(self, task: Task) -> None:
         assert self.planned_tasks is not None
-        moments = self._input_moments(task, "moments_after")
+        moments = self.input_moments(task, "moments_after")
         threshold = threshold_at(task.index, self.planned_tasks, self.threshold, self.threshold_end)
         for name in self.targets:
             self.memory[name].update(moments[name], threshold)

@@ -9,6 +9,8 @@ from torch import Tensor
 from inflora import lora
 from inflora.data.tasks import Task
 from inflora.method import Method
+from inflora.parts.collective import sum_over_processes
+from inflora.subspace import CovarianceAccumulator
 
 
 class LowRankMethod(Method):
@@ -20,7 +22,7 @@ class LowRankMethod(Method):
     Args:
         backbone: a timm vision transformer without head.
         rank: of a branch, in 1..embed_dim.
-        blocks: 0-based indices of the adapted blocks; None: all.
+        blocks: 0-based indices of the adapted blocks, or how many from the input on; None: all.
         rows: the adapted slices of the fused projection; None: keys and values.
         share_A: one `lora_A` for all slices.
         train_A: whether `lora_A` trains; else it is frozen as `reset_lora_A` draws it, until a subclass fills it.
@@ -42,7 +44,7 @@ class LowRankMethod(Method):
         backbone: Any,
         *,
         rank: int,
-        blocks: list[int] | None,
+        blocks: list[int] | int | None,
         rows: Sequence[slice] | None = None,
         share_A: bool = False,
         train_A: bool = True,
@@ -82,6 +84,18 @@ class LowRankMethod(Method):
         """(layers, adapted rows, embed_dim): what the branches add to the weights, dense. Differentiable."""
         deltas = [lora.delta_weight(branch) for branch in self.branches.values()]
         return torch.stack([torch.cat([delta[rows] for rows in self.rows]) for delta in deltas])
+
+    def input_moments(self, task: Task, stream: str) -> dict[str, Tensor]:
+        """name -> (embed_dim, embed_dim) second moment of the adapted layer's inputs, over one augmented view of each of the task's images.
+
+        Branches that are not merged take part. For `begin_task` and `end_task`, as it sums over processes.
+        """
+        layers = {name: self.backbone.get_submodule(name) for name in self.targets}
+        with torch.no_grad(), CovarianceAccumulator(layers, reduce=sum_over_processes) as moments:  # type: ignore[arg-type]
+            for x, _ in task.batches("train", stream=stream):
+                if len(x):
+                    self.features(x)
+        return {name: moments.covariance(name) for name in self.targets}
 
     def branch_parameters(self) -> list[Tensor]:
         """The trained factors, layer by layer."""
