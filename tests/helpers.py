@@ -60,10 +60,14 @@ def _compose(overrides: tuple[str, ...]) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
+SMALL = {"rank": 2, "num_projections": 20, "freeze_epochs": 1}
+"""Settings of methods, where they have them, that suit a toy."""
+
+
 def toy_arguments(method: str) -> list[str]:
-    """`TOY` for a method: branches get rank 2 where it has some."""
-    has_rank = "rank" in compose_config(f"method={method}").method
-    return [f"method={method}", *TOY, *(["method.rank=2"] if has_rank else [])]
+    """`TOY` for a method."""
+    settings = compose_config(f"method={method}").method
+    return [f"method={method}", *TOY, *(f"method.{key}={value}" for key, value in SMALL.items() if key in settings)]
 
 
 def toy_config(folder: Path, *overrides: str) -> DictConfig:
@@ -129,7 +133,7 @@ def train_py(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
     paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"} | options.pop("env", {})
     return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, timeout=600, env=environment, **options
+        [sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, env=environment, **{"timeout": 600, **options}
     )
 
 

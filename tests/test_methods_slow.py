@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import METHODS, TINY_VIT, Cli, num_rows, read_events, results, toy_arguments, train_py
+from helpers import METHODS, TINY_VIT, Cli, compose_config, num_rows, read_events, results, toy_arguments, train_py
 
 from inflora.checkpoint import CheckpointFolder
 from inflora.trackers import read_matrix
@@ -41,11 +41,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_close(folder: Path, other: Path) -> None:
-    """Weights within 1e-4 in norm, and every test image answered the same way."""
+    """Weights within 1e-4 in norm, where they have one, and every test image answered the same way."""
     ours, theirs = weights(folder), weights(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        assert (value.double() - theirs[name].double()).norm() <= 1e-4 * theirs[name].double().norm(), name
+        expected = theirs[name].double()
+        assert (value.double() - expected).norm() <= 1e-4 * expected.norm().clamp(min=1e-3), name
     for name in MATRICES:
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
@@ -135,11 +136,15 @@ def test_a_sixth_task_is_added_to_five_of_one_class_and_one_epoch(method, cli, t
 @here
 @every_method
 def test_two_processes_do_what_one_does(method, cli, tmp_path):
-    """Of the twelve images of a task the last is a batch of its own, and one of two processes gets nothing of it.
+    """Of the sixty images of a task the last is a batch of its own, and one of two processes gets nothing of it.
 
-    With SGD: Adam makes much of a rounding where a gradient is almost zero, and nothing of a gradient that is twice too large.
+    With SGD: Adam makes much of a rounding where a gradient is almost zero, and nothing of a gradient that is twice too large. Without
+    dropout, whose masks are drawn for the images that a process has.
     """
-    arguments = [*toy_arguments(method), *TINY_VIT, "optimizer=sgd", "trainer.batch_size=11"]
+    settings = compose_config(f"method={method}").method
+    no_dropout = [f"method.{key}=0" for key in settings if key == "dropout"]
+    images = ["+dataset.options.train=30", "trainer.batch_size=59"]
+    arguments = [*toy_arguments(method), *TINY_VIT, *no_dropout, *images, "optimizer=sgd", "optimizer.lr=0.02"]
     for name, processes in (("one", 1), ("two", 2)):
         finish(cli, tmp_path / name, *arguments, f"trainer.num_devices={processes}")
     assert_close(tmp_path / "two", tmp_path / "one")
@@ -150,7 +155,8 @@ def test_two_processes_do_what_one_does(method, cli, tmp_path):
 
 def test_a_sweep_over_all_methods(tmp_path):
     """On digits, with the shipped backbone and the methods' own tunings."""
-    done = train_py("-m", "method=glob(*)", "debug=default", "trainer.progress=false", "trainer.device=cpu", f"hydra.sweep.dir={tmp_path}")
+    arguments = ["debug=default", "trainer.progress=false", "trainer.device=cpu", f"hydra.sweep.dir={tmp_path}"]
+    done = train_py("-m", "method=glob(*)", *arguments, timeout=1100)
     assert done.returncode == 0, done.stderr
     found = sorted(json.loads(file.read_text())["method"] for file in tmp_path.glob("*/summary.json"))
     assert found == METHODS
