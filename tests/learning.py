@@ -54,6 +54,8 @@ VARIANTS = {
 CASES = {name: [f"method={name}"] for name in METHODS} | VARIANTS
 
 TRAINS = {
+    "lora_drs": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
+    "splitlora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_B|heads\.heads\.NEW\..*",
     "sd_lora rr": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|magnitudes|heads\.heads\.NEW\..*",
     "sd_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|magnitudes|heads\.heads\.NEW\..*",
     "o_lora": r"backbone\.blocks\.\d\.attn\.qkv\.lora_[AB]|heads\.heads\.NEW\..*",
@@ -109,6 +111,7 @@ TRAINS = {
 """What trains, by name; NEW is the newest head."""
 
 GROWING: set[str] = {
+    "lora_drs",
     "sd_lora",
     "ease",
     "ranpac",

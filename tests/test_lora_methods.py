@@ -1,5 +1,6 @@
 """The relatives of InfLoRA: each is held to the formula that defines it, computed slowly."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from inflora import lora
 from inflora.interference import InterferenceProbe
+from inflora.methods.lora_drs import augmented_triplet_loss
+from inflora.methods.splitlora import num_principal
 from inflora.parts.low_rank import LowRankMethod
 
 D = toy.EMBED_DIM
@@ -32,6 +35,20 @@ def begun(name: str, *overrides: str, task: int = 1, epochs: int = 2) -> LowRank
 def weights(method: LowRankMethod) -> dict[str, Tensor]:
     """What the adapted layers multiply their inputs with."""
     return {name: lora.effective_weight(method.backbone.get_submodule(name)) for name in method.targets}  # type: ignore[arg-type]
+
+
+def layer_inputs(model: Any, names: list[str], batches: Any) -> dict[str, Tensor]:
+    """name -> (tokens, D) float64: everything that comes into these layers."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0])) for name in names
+    ]
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).flatten(0, 1).double() for name, parts in seen.items()}
 
 
 def refused(message: str, *overrides: str) -> None:
@@ -361,14 +378,9 @@ def test_sd_lora_interference_is_that_of_the_weights_it_multiplies_with():
     found = probe.after(method.backbone, tasks[:1])
     assert found is not None
     name = method.targets[0]
-    inputs = []
-    x, _ = next(iter(tasks[0].test_batches()))
-    handle = method.backbone.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.no_grad():
-        method.features(x)
-    handle.remove()
-    change = (weights(method)[name] - before[name])[D:]
-    ratio = (inputs[0] @ change.T).norm() / (inputs[0] @ before[name][D:].T).norm()
+    inputs = layer_inputs(method.backbone, [name], tasks[0].test_batches())[name]  # of the first layer, which no weight changes
+    change = (weights(method)[name] - before[name])[D:].double()
+    ratio = (inputs @ change.T).norm() / (inputs @ before[name][D:].double().T).norm()
     assert ratio > 1e-3
     assert found[0][0] == pytest.approx(ratio.item(), rel=1e-4)
 
@@ -420,3 +432,272 @@ def test_sd_lora_compiles_without_graph_breaks():
 )
 def test_sd_lora_refuses_what_does_not_fit(override, message):
     refused(message, "method=sd_lora", f"method.{override}")
+
+
+# ---- SplitLoRA ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 20])
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 5.0, 20.0, 1e4])
+def test_splitlora_split_minimises_the_sum_of_both_losses(num_tasks, alpha):
+    """Against the search over all sizes, as the official code writes it."""
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        energies = torch.rand(D, generator=draw, dtype=torch.float64).pow(1 + seed).sort(descending=True).values
+        shares = energies / energies.sum()
+        costs = [num_tasks * (1 - float(shares[: i + 1].sum())) - alpha * (D - i) / D for i in range(D)]
+        last_protected = min(range(D), key=costs.__getitem__)
+        expected = min(max(last_protected, 1) + 1, D - 1)
+        assert num_principal(energies, num_tasks, alpha) == expected
+
+
+def test_splitlora_averages_the_moments_of_all_tasks_images():
+    method: Any = build(["method=splitlora"])
+    total, tokens = {name: torch.zeros(D, D, dtype=torch.float64) for name in method.targets}, 0
+    for task in toy.sequence(task_sizes=[1, 3, 2]):
+        fit = Fit(method, task).begin().train()
+        method.eval()
+        inputs = layer_inputs(method.backbone, method.targets, task.batches("train", stream="moments_after"))
+        for name, own in inputs.items():
+            total[name] += own.T @ own
+        tokens += len(inputs[method.targets[0]])
+        fit.end()
+        for row, name in enumerate(method.targets):
+            torch.testing.assert_close(method.moments[row], (total[name] / tokens).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_splitlora_designs_frozen_random_rows_in_the_minor_subspace():
+    method: Any = build(["method=splitlora", "method.alpha=2"])
+    for task in toy.sequence():
+        moments = method.moments.double()
+        fit = Fit(method, task).begin()
+        for C, branch in zip(moments, method.branches.values(), strict=True):
+            lora_A = branch.lora_A.double()
+            assert lora_A.shape == (2, 2, D)
+            assert not torch.allclose(lora_A[0], lora_A[1]), "keys and values draw their own"
+            norms = lora_A.norm(dim=(1, 2)) * (task.index + 1)
+            assert ((norms > 0.5) & (norms < 1.2)).all(), "two usual rows together have about sqrt(2/3)"
+            if task.index:
+                U, S, _ = torch.linalg.svd(C)
+                count = num_principal(S, task.index, 2.0)
+                assert 2 < count < D - 2
+                assert (lora_A @ U[:, :count]).abs().max() < 1e-6
+            else:
+                assert lora_A.abs().max() <= D**-0.5
+        frozen = [branch.lora_A.clone() for branch in method.branches.values()]
+        fit.train()
+        assert all(torch.equal(old, branch.lora_A) for old, branch in zip(frozen, method.branches.values(), strict=True))
+        fit.end()
+
+
+def test_splitlora_rows_are_as_long_as_a_usual_start_divided_by_the_tasks():
+    method: Any = build(["method=splitlora"])
+    method.num_tasks = 3
+    basis = torch.linalg.qr(torch.randn(D, 5, dtype=torch.float64)).Q
+    start = torch.randn(2, 4, D)
+    mixed = method.mixtures(basis, start)
+    assert mixed.shape == start.shape
+    for part in range(2):
+        assert mixed[part].norm().item() == pytest.approx(start[part].norm().item() / 4, rel=1e-6)
+    torch.testing.assert_close(mixed @ basis @ basis.mT, mixed)
+    assert torch.linalg.matrix_rank(mixed[0]) == 4
+
+
+def test_splitlora_leaves_what_it_protects_unchanged():
+    method: Any = build(["method=splitlora", "method.alpha=2"])
+    first, second, _ = toy.sequence()
+    learn(method, [first])
+    layers = [method.backbone.get_submodule(name) for name in method.targets]
+    inputs, before = [], []
+    for C, layer in zip(method.moments.double(), layers, strict=True):
+        U, S, _ = torch.linalg.svd(C)
+        count = num_principal(S, 1, 2.0)
+        inputs.append((torch.randn(20, count, dtype=torch.float64) @ U[:, :count].T).float())
+        before.append((layer(inputs[-1]), layer.weight.clone()))
+    learn(method, [second], epochs=5)
+    for x, (output, weight), name in zip(inputs, before, method.targets, strict=True):
+        layer = method.backbone.get_submodule(name)
+        assert (layer.weight - weight).norm() > 1e-3
+        torch.testing.assert_close(layer(x), output, rtol=0, atol=2e-5)
+
+
+def test_splitlora_divides_scores_by_its_temperature():
+    method: Any = begun("splitlora", "method.temperature=7")
+    x, y = next(iter(toy.sequence()[1].batches("test", stream="any")))
+    expected = torch.nn.functional.cross_entropy(method.heads.current(method.features(x)) / 7, y - 2)
+    torch.testing.assert_close(method.loss(x, y), expected)
+    everything = torch.nn.functional.cross_entropy(method.heads(method.features(x)) / 7, y)
+    torch.testing.assert_close(method.global_cross_entropy(method.features(x), y, temperature=7), everything)
+
+
+def test_splitlora_reports_the_room_for_the_next_task():
+    method: Any = build(["method=splitlora", "method.alpha=2"])
+    stages = list(toy.sequence())
+    learn(method, stages[:2])
+    found = method.diagnostics()["minor_dimensions"]
+    assert found == [method.minor_basis(moments).shape[1] for moments in method.moments]
+    assert all(1 <= size < D for size in found)
+
+
+@pytest.mark.parametrize("key", ["alpha", "temperature"])
+def test_splitlora_refuses_zero(key):
+    refused(f"method.{key}=0 is too small; choose a number above 0", "method=splitlora", f"method.{key}=0")
+
+
+# ---- LoRA-DRS ----------------------------------------------------------------------------------------------------------------------
+
+
+def slow_triplet_loss(features: Tensor, y: Tensor, prototypes: Tensor, margin: float) -> Tensor:
+    """Image by image."""
+    anchors = [row / row.norm() for row in features]
+    means = [row / row.norm() for row in prototypes]
+    losses = []
+    for i, anchor in enumerate(anchors):
+        positives = [(anchor - other).square().sum().clamp(min=1e-12).sqrt() for j, other in enumerate(anchors) if y[j] == y[i]]
+        negatives = [(anchor - other).norm() for j, other in enumerate(anchors) if y[j] != y[i]] + [
+            (anchor - mean).norm() for mean in means
+        ]
+        losses.append(torch.relu(margin + max(positives) - min(negatives)) if negatives else torch.zeros((), dtype=features.dtype))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("num_prototypes", [0, 3])
+@pytest.mark.parametrize("labels", [[5, 6, 5, 7, 6, 5], [5, 5, 5, 5, 5, 5], [5, 6, 7, 8, 9, 10]])
+def test_lora_drs_triplet_loss_is_that_of_the_hardest_images_and_means(num_prototypes, labels):
+    draw = torch.Generator().manual_seed(1)
+    features = torch.randn(6, 4, generator=draw).requires_grad_()
+    prototypes, y = 3 * torch.randn(num_prototypes, 4, generator=draw), torch.tensor(labels)
+    ours = augmented_triplet_loss(features, y, prototypes, 0.7)
+    slow = slow_triplet_loss(features, y, prototypes, 0.7)
+    torch.testing.assert_close(ours, slow)
+    if slow.requires_grad and slow > 0:
+        torch.testing.assert_close(*(torch.autograd.grad(loss, features)[0] for loss in (ours, slow)))
+    elif ours.requires_grad:
+        assert not torch.autograd.grad(ours, features)[0].any()
+
+
+def test_lora_drs_adds_the_weighted_triplet_loss():
+    method: Any = begun("lora_drs", "method.triplet=0.3", "method.margin=2")
+    x, y = next(iter(toy.sequence()[1].batches("test", stream="any")))
+    features = method.features(x)
+    extra = slow_triplet_loss(features, y, method.prototypes.means, 2.0)
+    assert len(method.prototypes.means) == 2 and extra > 0.1
+    torch.testing.assert_close(method.loss(x, y), method.local_cross_entropy(features, y) + 0.3 * extra)
+
+
+def test_lora_drs_subtracts_what_was_added_from_the_pretrained_weights():
+    method: Any = build(["method=lora_drs"])
+    pretrained = weights(method)
+    stages = list(toy.sequence())
+    learn(method, stages[:2], epochs=3)
+    now = weights(method)
+    with method.subtracted():
+        for name, weight in weights(method).items():
+            assert (now[name] - pretrained[name]).abs().max() > 1e-4
+            torch.testing.assert_close(weight, pretrained[name] - (now[name] - pretrained[name]), rtol=0, atol=1e-6)
+    assert all(torch.equal(weight, now[name]) for name, weight in weights(method).items())
+    with pytest.raises(KeyError), method.subtracted():
+        raise KeyError
+    assert all(torch.equal(weight, now[name]) for name, weight in weights(method).items())
+
+
+def test_lora_drs_projects_on_the_leading_inputs_of_the_subtracted_model():
+    method: Any = build(["method=lora_drs", "method.threshold=0.9"])
+    first, second, third = toy.sequence()
+    pretrained = weights(method)
+    learn(method, [first, second], epochs=3)
+    assert method.projectors.numel() == 0, "nothing of them is kept between tasks"
+    model = copy.deepcopy(method.backbone)
+    for name in method.targets:
+        layer = model.get_submodule(name)
+        layer.weight.data = 2 * pretrained[name] - layer.weight.data
+    inputs = layer_inputs(model, method.targets, third.batches("train", stream="moments_before"))
+    Fit(method, third).begin()
+    for row, name in enumerate(method.targets):
+        U, S, _ = torch.linalg.svd(inputs[name].T @ inputs[name])
+        size = next(k for k in range(1, D + 1) if S[:k].sum() / S.sum() >= 0.9)
+        assert 1 < size < D
+        expected = U[:, :size] @ U[:, :size].T
+        torch.testing.assert_close(method.projectors[row], (expected / expected.norm()).float(), rtol=0, atol=1e-5)
+        assert method.diagnostics()["drift_resistant_dimensions"][row] == size
+
+
+@pytest.mark.parametrize("optimizer, lr", [(torch.optim.Adam, 1e-2), (torch.optim.SGD, 10.0)])
+def test_lora_drs_projects_the_step_of_the_optimiser(optimizer, lr):
+    """One step, with the projectors and without them."""
+    method: Any = build(["method=lora_drs", "method.threshold=0.9"])
+    stages = list(toy.sequence(batch_size=100))
+    learn(method, stages[:1])
+    Fit(method, stages[1]).begin()
+    free = copy.deepcopy(method)
+    free.projectors = free.projectors[:0]
+    start = [(b.lora_A.detach().clone(), b.lora_B.detach().clone()) for b in method.branches.values()]
+    for one in (method, free):
+        Fit(one, stages[1]).train(optimizer=optimizer, lr=lr)
+    for P, (A, B), ours, theirs in zip(method.projectors, start, method.branches.values(), free.branches.values(), strict=True):
+        full_A, full_B = theirs.lora_A.detach() - A, theirs.lora_B.detach() - B
+        assert (full_A - full_A @ P).norm() > 0.1 * full_A.norm()
+        for step, expected in ((ours.lora_A.detach() - A, full_A @ P), (ours.lora_B.detach() - B, P @ full_B)):
+            assert (step - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_lora_drs_stays_in_the_space_over_many_steps_but_not_in_the_first_task():
+    method: Any = build(["method=lora_drs", "method.threshold=0.9"])
+    for task in toy.sequence():
+        fit = Fit(method, task).begin()
+        start = [(b.lora_A.detach().clone(), b.lora_B.detach().clone()) for b in method.branches.values()]
+        projectors = [P * (size**0.5) for P, size in zip(method.projectors, method.dimensions, strict=True)] or [torch.eye(D)] * 2
+        fit.train(epochs=4)
+        for P, (A, B), branch in zip(projectors, start, method.branches.values(), strict=True):
+            for change, kept in (((branch.lora_A - A).detach(), 1), ((branch.lora_B - B).detach(), 0)):
+                inside = change @ P if kept else P @ change
+                assert change.norm() > 1e-3
+                assert (change - inside).norm() < 1e-3 * change.norm()
+        fit.end()
+
+
+def test_lora_drs_starts_lora_B_with_one_small_entry_in_every_column():
+    method: Any = build(["method=lora_drs"])
+    method.rank = 16
+    Fit(method, toy.sequence()[0]).begin()
+    drawn = torch.cat([branch.lora_B.detach() for branch in method.branches.values()])
+    assert drawn.shape == (4, D, 16)
+    assert ((drawn != 0).sum(1) == 1).all()
+    values = drawn[drawn != 0]
+    assert 0.007 < values.std() < 0.013
+    assert len((drawn != 0).nonzero()[:, 1].unique()) > 20, "in rows drawn at random"
+
+
+def test_lora_drs_scores_are_cosines_with_the_means_of_when_a_class_was_learned():
+    method: Any = build(["method=lora_drs"])
+    tasks = toy.sequence()
+    kept = torch.zeros(0, D)
+    for task in tasks:
+        learn(method, [task])
+        with torch.no_grad():
+            pairs = [(method.features(x), y) for x, y in task.batches("test", stream="any")]
+        features, y = (torch.cat(part) for part in zip(*pairs, strict=True))
+        new = torch.stack([features[y == c].mean(0) for c in range(2 * task.index, 2 * task.index + 2)])
+        torch.testing.assert_close(method.prototypes.means[-2:], new)
+        assert torch.equal(method.prototypes.means[:-2], kept)
+        kept = method.prototypes.means.clone()
+    x = test_images(tasks)
+    with torch.no_grad():
+        features = method.features(x)
+    expected = torch.nn.functional.cosine_similarity(features.unsqueeze(1), kept, dim=-1)
+    torch.testing.assert_close(scores(method, x), expected)
+    distances = (features / features.norm(dim=1, keepdim=True)).unsqueeze(1) - kept / kept.norm(dim=1, keepdim=True)
+    assert torch.equal(scores(method, x).argmax(1), distances.square().sum(-1).argmin(1)), "the nearest mean, as in the official code"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("threshold=0", "method.threshold=0 is no share of energy; choose a number above 0, at most 1"),
+        ("threshold=1.1", "method.threshold=1.1 is no share of energy; choose a number above 0, at most 1"),
+        ("triplet=-1", "method.triplet=-1 is negative; choose 0 or more"),
+        ("margin=-1", "method.margin=-1 is negative; choose 0 or more"),
+    ],
+)
+def test_lora_drs_refuses_what_does_not_fit(override, message):
+    refused(message, "method=lora_drs", f"method.{override}")

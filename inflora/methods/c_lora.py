@@ -27,14 +27,14 @@ class CLoRA(LowRankMethod):
     Args:
         backbone: a timm vision transformer without head.
         rank: of a branch, in 1..embed_dim.
-        blocks: 0-based indices of the adapted blocks; None: all.
+        blocks: 0-based indices of the adapted blocks, or how many from the input on; None: all.
         penalty: weight of the penalty, 0 or more.
 
     Raises:
         ValueError: if an argument is out of range or does not fit the backbone.
     """
 
-    def __init__(self, backbone: Any, *, rank: int, blocks: list[int] | None, penalty: float) -> None:
+    def __init__(self, backbone: Any, *, rank: int, blocks: list[int] | int | None, penalty: float) -> None:
         super().__init__(backbone, rank=rank, blocks=blocks, merges=True, keeps_sum=True)
         if not penalty >= 0:
             raise ValueError(f"method.penalty={penalty} is no weight of a penalty; choose 0 or more")

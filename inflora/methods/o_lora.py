@@ -33,7 +33,7 @@ class OLoRA(LowRankMethod):
     Args:
         backbone: a timm vision transformer without head.
         rank: of a branch, in 1..embed_dim.
-        blocks: 0-based indices of the adapted blocks; None: all.
+        blocks: 0-based indices of the adapted blocks, or how many from the input on; None: all.
         penalty: weight of the overlap, 0 or more; the overlap is a sum, so it grows with the number of tasks.
         overlap: "l1": sum of the absolute products; "l2": of their squares.
         normalise: take the products between rows of length one.
@@ -50,7 +50,7 @@ class OLoRA(LowRankMethod):
         backbone: Any,
         *,
         rank: int,
-        blocks: list[int] | None,
+        blocks: list[int] | int | None,
         penalty: float,
         overlap: Literal["l1", "l2"],
         normalise: bool,

@@ -74,7 +74,7 @@ class SDLoRA(LowRankMethod):
     Args:
         backbone: a timm vision transformer without head.
         rank: of a branch, in 1..embed_dim.
-        blocks: 0-based indices of the adapted blocks; None: all.
+        blocks: 0-based indices of the adapted blocks, or how many from the input on; None: all.
         magnitude: where all magnitudes start in every task.
         rank_reduction: 0-based task -> rank from that task on; None: `rank` throughout.
 
@@ -83,7 +83,7 @@ class SDLoRA(LowRankMethod):
     """
 
     def __init__(
-        self, backbone: Any, *, rank: int, blocks: list[int] | None, magnitude: float, rank_reduction: Mapping[int, int] | None
+        self, backbone: Any, *, rank: int, blocks: list[int] | int | None, magnitude: float, rank_reduction: Mapping[int, int] | None
     ) -> None:
         dim = int(backbone.num_features)
         super().__init__(backbone, rank=rank, blocks=blocks, rows=(slice(0, dim), slice(2 * dim, 3 * dim)), merges=False)
