@@ -20,6 +20,8 @@ from inflora.methods.lwf import LwF
 from inflora.parts.distillation import distillation
 from inflora.parts.snapshot import Snapshot
 from inflora.results import count_numbers
+from inflora.seeding import seed_everything
+from inflora.trainer import trainable_groups
 
 # ---- parts -------------------------------------------------------------------------------------------------------------------------
 
@@ -622,3 +624,44 @@ def test_the_first_task_of_icarl_is_plain_training():
 def test_what_makes_no_sense_is_refused_by_name(overrides, message):
     with pytest.raises(Exception, match=message):  # Hydra wraps the ValueError
         build(overrides)
+
+
+# ---- stopped and resumed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["derpp", "er", "ewc", "icarl", "lwf"])
+def test_a_stop_between_two_steps_leaves_no_trace(name, tmp_path):
+    """As the trainer goes on: the state of all that had grown, the seeds of the epoch and the step, and `begin_epoch` again."""
+    first, second, _ = toy.sequence(batch_size=4)
+
+    def steps(method: Any, epoch: int, which: range) -> None:
+        method.task = second
+        groups = trainable_groups(method, {"branch": 1e-2, "head": 1e-2})
+        optimizer = torch.optim.SGD(groups)
+        seed_everything(0, "fit", second.index, epoch)
+        method.train()
+        method.begin_epoch(epoch)
+        batches = second.batches("train", stream="fit", epoch=epoch)
+        for step, (x, y) in enumerate(batches):
+            if step in which:
+                seed_everything(0, "fit", second.index, epoch, step)
+                method.sample_ids = batches.sample_ids(step)
+                optimizer.zero_grad()
+                method.loss(x, y).backward()
+                optimizer.step()
+                method.after_step()
+
+    through = build([f"method={name}"])
+    learn(through, [first])
+    Fit(through, second).begin()
+    steps(through, 0, range(3))
+    stopped = copy.deepcopy(through)
+    steps(through, 1, range(3))
+    steps(stopped, 1, range(1))
+    checkpoint.save(tmp_path / "state.safetensors", stopped.state_dict())
+    resumed = build([f"method={name}"], seed=1)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "state.safetensors"))
+    steps(resumed, 1, range(1, 3))
+    for method in (through, resumed):
+        Fit(method, second).end()
+    assert checkpoint.fingerprint(resumed.state_dict()) == checkpoint.fingerprint(through.state_dict())
