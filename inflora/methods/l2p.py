@@ -89,6 +89,7 @@ class L2P(PromptMethod):
         if self.tokens is None:
             return super().prompted(x, prompts)
         tokens = prompts[0].squeeze(1)
+        # Past the backbone's own call, which pools the class token; a compiled backbone runs this as it is written.
         with self.tokens.inserted(tokens):
             return self.backbone.forward_features(x)[:, 1 : 1 + tokens.shape[1]].mean(dim=1)  # type: ignore[operator]
 
