@@ -5,7 +5,7 @@ ICCV, arXiv 2303.05118) and its code, which InfLoRA+CA took over. Departures: re
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -74,21 +74,36 @@ class ClassifierAlignment(GrowingBuffers):
         weight, bias = (torch.cat([getattr(head, name) for head in heads.heads]) for name in ("weight", "bias"))
         if self.restore:
             self.own_weight, self.own_bias = weight.clone(), bias.clone()
-        with torch.autocast(weight.device.type, enabled=False), torch.enable_grad():
-            self._fit(weight.requires_grad_(), bias.requires_grad_(), heads.sizes)
-        # Processes on different devices may differ in the last bits.
-        set_heads(heads, *(sum_over_processes(value.detach()) / num_processes() for value in (weight, bias)))
-        log.info("aligned %d heads on samples of %d classes: loss %.3f to %.3f", len(heads), len(bias), self.losses[0], self.losses[-1])
+        set_heads(heads, *self.fit([weight, bias], lambda features: F.linear(features, weight, bias), heads.sizes))
 
-    def _fit(self, weight: Tensor, bias: Tensor, sizes: list[int]) -> None:
-        optimizer = torch.optim.SGD([weight, bias], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    def fit(self, parameters: Sequence[Tensor], score: Callable[[Tensor], Tensor], sizes: list[int]) -> list[Tensor]:
+        """Train a classifier of any kind on samples; the same in every process.
+
+        Args:
+            parameters: of the classifier: leaf tensors of its own, which change.
+            score: (n, D) features -> (n, C) scores, from these parameters.
+            sizes: classes per task.
+
+        Returns:
+            The trained parameters, detached.
+        """
+        with torch.autocast(parameters[0].device.type, enabled=False), torch.enable_grad():
+            for parameter in parameters:
+                parameter.requires_grad_()
+            self._fit(parameters, score, sizes)
+        log.info("aligned %d heads on samples of %d classes: loss %.3f to %.3f", len(sizes), sum(sizes), self.losses[0], self.losses[-1])
+        # Processes on different devices may differ in the last bits.
+        return [sum_over_processes(parameter.detach()) / num_processes() for parameter in parameters]
+
+    def _fit(self, parameters: Sequence[Tensor], score: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+        optimizer = torch.optim.SGD(list(parameters), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         epoch_losses = []
         for epoch in range(self.epochs):
             optimizer.param_groups[0]["lr"] = self.lr * cosine(epoch, self.epochs)
             features, labels = self.samples(sizes)
             losses = []
             for chosen in torch.randperm(len(labels)).to(labels.device).split(self.samples_per_class):
-                scores = F.linear(features[chosen], weight, bias)
+                scores = score(features[chosen])
                 if self.temperature is not None:
                     scores = normalized(scores, sizes) / self.temperature
                 loss = F.cross_entropy(scores, labels[chosen])
