@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from inflora import lora
 from inflora.data.tasks import Task
 from inflora.method import Method
+from inflora.parts.prompts import PrefixAttention, install_prefixes
 from inflora.parts.snapshot import Snapshot
 
-VARIANTS = ("lora", "adapter")
+VARIANTS = ("lora", "adapter", "prefix")
 
 
 class ParallelAdapter(nn.Module):
@@ -36,6 +37,24 @@ def _add_adapter(attention: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output + cast(ParallelAdapter, attention.adapter)(inputs[0])
 
 
+class LearnedPrefix(PrefixAttention):
+    """Attention whose keys and values are preceded by learned tokens, the same for all images, with a trained factor each; compensated."""
+
+    def __init__(self, attn: nn.Module, length: int, dim: int) -> None:
+        super().__init__(attn)
+        self.is_compensated = True
+        self.tokens = nn.Parameter(torch.empty(2, length, dim).uniform_(0, 0.01))
+        self.scale = nn.Parameter(torch.ones(2, 1, 1))
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
+        self.prefix = (self.scale * self.tokens).expand(len(x), -1, -1, -1)
+        try:
+            return super().forward(x, **options)
+        finally:
+            self.prefix = None
+
+
 class LAE(Method):
     """A small tuned module that learns all tasks, and a slow copy of it; the two answer together.
 
@@ -46,6 +65,7 @@ class LAE(Method):
     Variants (the published sizes):
         lora: branches of rank 5 on keys and values, each product with a trained factor.
         adapter: bottlenecks of width 5 with GELU and a trained factor, parallel to the attention.
+        prefix: 10 tokens before the keys and 10 before the values, a trained factor for each ten; attention weights compensated.
 
     Trains: the online module and the current head (cross-entropy over the current task's classes). Stores: both modules, for lora
     2 * num_blocks * (4 * size * embed_dim + 2) floats with num_blocks the adapted ones; nothing grows but the heads.
@@ -56,9 +76,9 @@ class LAE(Method):
     Args:
         backbone: a timm vision transformer without head.
         variant: what the modules are.
-        size: rank of a branch, or width of a bottleneck.
+        size: rank of a branch, width of a bottleneck, or length of a prefix.
         first_blocks: share of the blocks that are adapted, in (0, 1]; the first ones, at least one.
-        freeze_epochs: epochs in which only the head trains, from the second task on.
+        freeze_epochs: epochs in which only the head trains, from the second task on; with `trainer.epochs` no larger, all of them.
         ema_decay: share of the offline module that stays in a step, in [0, 1].
 
     Raises:
@@ -69,7 +89,7 @@ class LAE(Method):
         self,
         backbone: Any,
         *,
-        variant: Literal["lora", "adapter"],
+        variant: Literal["lora", "adapter", "prefix"],
         size: int,
         first_blocks: float,
         freeze_epochs: int,
@@ -87,10 +107,10 @@ class LAE(Method):
         if not 0 <= ema_decay <= 1:
             raise ValueError(f"method.ema_decay={ema_decay} is out of range; choose 0..1")
         self.freeze_epochs, self.ema_decay = freeze_epochs, ema_decay
-        stock = {name for name, _ in backbone.named_parameters()}
+        stock = {id(parameter) for parameter in backbone.parameters()}
         blocks = list(range(max(1, round(first_blocks * len(backbone.blocks)))))
         self._inject(variant, size, blocks)
-        self.online = {name: p for name, p in backbone.named_parameters() if name not in stock}
+        self.online = {name: p for name, p in backbone.named_parameters() if id(p) not in stock}
         self.offline = Snapshot()
         self.offline.take(self.online)
 
@@ -100,11 +120,13 @@ class LAE(Method):
             lora.inject(
                 self.backbone, lora.qkv_names(self.backbone, blocks), size, rows=rows, share_A=False, train_A=True, train_scale=True
             )
-            return
-        for block in blocks:
-            attention = self.backbone.get_submodule(f"blocks.{block}.attn")
-            attention.adapter = ParallelAdapter(self.heads.embed_dim, size)
-            attention.register_forward_hook(_add_adapter)
+        elif variant == "adapter":
+            for block in blocks:
+                attention = self.backbone.get_submodule(f"blocks.{block}.attn")
+                attention.adapter = ParallelAdapter(self.heads.embed_dim, size).to(self.device)
+                attention.register_forward_hook(_add_adapter)
+        else:
+            install_prefixes(self.backbone, blocks, lambda attn: LearnedPrefix(attn, size, self.heads.embed_dim).to(self.device))
 
     @property
     def is_first_task(self) -> bool:

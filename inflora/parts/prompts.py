@@ -1,6 +1,6 @@
 """Prompts for a frozen vision transformer: where they enter it, and how an image's own are chosen."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,15 @@ class PrefixAttention(nn.Module):
     Attributes:
         attn: the module it stands for, untouched.
         prefix: (B, 2, L, embed_dim), keys in [:, 0] and values in [:, 1]; None: what `attn` alone computes. See `prefixes`.
+        is_compensated: whether the weights that a token gives to the prefix are divided by their sum, those of the tokens staying as they
+            are: a prefix then counts from the start as much as later (LAE, arXiv 2303.10070).
     """
 
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
         self.attn = attn
         self.prefix: Tensor | None = None
+        self.is_compensated = False
         self.train(attn.training)
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
@@ -40,7 +43,11 @@ class PrefixAttention(nn.Module):
         prefix_k, prefix_v = _heads(self.prefix.to(v.dtype), attn.num_heads)
         q, k = attn.q_norm(q), attn.k_norm(k)
         k, v = torch.cat([prefix_k.to(k.dtype), k], dim=2), torch.cat([prefix_v, v], dim=2)
-        if attn.fused_attn:
+        if self.is_compensated:
+            to_prefix, to_tokens = (q * attn.scale @ k.mT).softmax(dim=-1).tensor_split([prefix_k.shape[2]], dim=-1)
+            to_prefix = to_prefix / to_prefix.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+            y = attn.attn_drop(torch.cat([to_prefix, to_tokens], dim=-1)) @ v
+        elif attn.fused_attn:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0, scale=attn.scale)
         else:
             y = attn.attn_drop((q * attn.scale @ k.mT).softmax(dim=-1)) @ v
@@ -53,8 +60,11 @@ def _heads(x: Tensor, num_heads: int) -> Iterator[Tensor]:
     return iter(x.unflatten(3, (num_heads, -1)).transpose(2, 3).unbind(1))
 
 
-def install_prefixes(vit: nn.Module, blocks: Sequence[int]) -> None:
+def install_prefixes(vit: nn.Module, blocks: Sequence[int], make: Callable[[nn.Module], PrefixAttention] = PrefixAttention) -> None:
     """Make these blocks of a timm ViT ready for `prefixes`; it computes what it did before.
+
+    Args:
+        make: what takes an attention's place.
 
     Raises:
         ValueError: if the blocks' attention is not the plain one.
@@ -65,7 +75,7 @@ def install_prefixes(vit: nn.Module, blocks: Sequence[int]) -> None:
             raise ValueError(
                 f"backbone.name: prefixes need blocks with timm's plain Attention, not {kind}; choose a plain vision transformer"
             )
-        block.attn = PrefixAttention(block.attn)
+        block.attn = make(block.attn)
 
 
 def remove_prefixes(vit: nn.Module) -> None:
