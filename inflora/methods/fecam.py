@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inflora.classifier import ClassCounts
 from inflora.data.tasks import Task
 from inflora.method import Method
 from inflora.parts.class_statistics import ClassStatistics, cholesky, to_float64
@@ -31,7 +32,7 @@ class FeCAM(Method):
         tukey: power of Tukey's transform, before the features are normalised; None: none, as published for ViTs, whose features may be
             negative. Here the sign is kept, which for the published ResNet features changes nothing.
 
-    A matrix that is singular even so gets a ridge instead of the pseudo-inverse; a class of one image the unit matrix.
+    A matrix that is not positive definite even so gets a ridge instead of the pseudo-inverse; a class of one image has the unit matrix.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -54,6 +55,7 @@ class FeCAM(Method):
         if tukey is not None and not 0 < tukey <= 1:
             raise ValueError(f"method.tukey={tukey} is out of range; choose more than 0 and at most 1, or null for no transform")
         self.alpha1, self.alpha2, self.normalize, self.tukey = alpha1, alpha2, normalize, tukey
+        self.heads = ClassCounts(self.heads.embed_dim)
         self.statistics = ClassStatistics(self.heads.embed_dim, covariance=covariance)
         self._metrics: list[Tensor] = []
 
