@@ -11,6 +11,7 @@ import toy
 from learning import Fit, build, learn, scores, tensors, test_images
 from torch import Tensor
 
+from inflora import checkpoint
 from inflora.data.tasks import Loading, Task, TaskSequence, split_task_sizes
 from inflora.data.transforms import build_transforms
 from inflora.methods import ranpac
@@ -273,7 +274,7 @@ def projected(method: RanPAC, tasks: Any) -> tuple[Tensor, Tensor]:
 
 
 def fixed_strength(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lambda is chosen on the last task, which differs between compared runs; and a tiny one shows that G is stored in float32."""
+    """lambda is chosen on the last task, which differs between compared runs."""
     monkeypatch.setattr(Ridge, "choose", lambda self, fitted, held_out: setattr(self, "strength", 10.0))
 
 
@@ -344,6 +345,32 @@ def test_ranpac_without_projections_takes_the_features_themselves():
     assert torch.equal(method.eval().projected(x), method.backbone(x).float())
     learn(method, toy.sequence())
     assert method.ridge.gram.shape == (DIM, DIM)
+
+
+def test_every_solution_that_is_given_is_accurate():
+    """Near-collinear h of great length, fewer than dimensions: the dual form, exact to rounding, says what W is."""
+    draw = torch.Generator().manual_seed(0)
+    common, noise = torch.randn(192, generator=draw), torch.randn(16, 192, generator=draw)
+    h = (10 * (common + 0.05 * noise) @ torch.randn(192, 600, generator=draw)).relu().double()
+    targets = torch.eye(2, dtype=torch.float64)[torch.arange(16) % 2]
+    given = 0
+    for strength in RIDGES:
+        found = solve(h.T @ h, h.T @ targets, strength)
+        if found is not None:
+            given += 1
+            expected = h.T @ torch.linalg.solve(h @ h.T + strength * torch.eye(16, dtype=torch.float64), targets)
+            assert (found - expected).norm() < 1e-3 * expected.norm(), strength
+    assert 10 <= given < len(RIDGES), "the smallest are refused"
+
+
+def test_ranpac_keeps_its_sums_in_float64_through_a_checkpoint(tmp_path):
+    method: Any = learn(build(["method=ranpac"]), toy.sequence())
+    checkpoint.save(tmp_path / "state", method.state_dict())
+    other: Any = build(["method=ranpac"], seed=1)
+    other.load_state_dict(checkpoint.load(tmp_path / "state"))
+    for name in ("gram", "correlations"):
+        assert getattr(other.ridge, name).dtype == torch.float64
+        assert torch.equal(getattr(other.ridge, name), getattr(method.ridge, name))
 
 
 def test_a_singular_gram_raises_the_strength(monkeypatch):

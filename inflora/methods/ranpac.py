@@ -23,11 +23,11 @@ class RanPAC(FirstTaskMethod):
     lambda is the one of 10^-8 ... 10^8 that, fitted on 80 percent of the current task's images, has the least squared error on the others.
 
     Official code: github.com/RanPAC/RanPAC. Loss: cross-entropy over the classes of the first task, then squared error. LAMDA-PILOT scores
-    with cosines instead, which is not the ridge solution. Departures: sums and solves in float64 (theirs: float32), and where rounding
-    leaves G + lambda I not positive definite, lambda is no candidate, or raised tenfold until it is.
+    with cosines instead, which is not the ridge solution. Departures: sums, storage and solves in float64 (theirs: float32), and a lambda
+    that rounding would drown (`solve`) is no candidate, or raised tenfold until it is above.
 
     Trains on the first task only, as `aper`; variant "none" not even there. Stores, with M = num_projections, embed_dim * M floats of R,
-    M^2 of G and 2 * M per class: at M = 10,000 400 MB. A task costs 18 Cholesky decompositions of M^3 / 3 operations.
+    M^2 of G and 2 * M per class: at M = 10,000 G has 800 MB, in main memory. A task costs 18 Cholesky decompositions of M^3 / 3 operations.
 
     Args:
         num_projections: M; 0: the features themselves are h, without R and relu.
@@ -93,6 +93,13 @@ class RanPAC(FirstTaskMethod):
     def predict(self, x: Tensor) -> Tensor:
         return self.ridge(self.projected(x))
 
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "memory": {"gram": self.ridge.gram, "correlations": self.ridge.correlations}}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        self.ridge.gram, self.ridge.correlations = state["memory"]["gram"], state["memory"]["correlations"]
+
     def diagnostics(self) -> dict[str, Any]:
         """The lambda of the latest solution."""
         return {"ridge": self.ridge.strength}
@@ -121,21 +128,20 @@ class Ridge(GrowingBuffers):
     """A linear classifier in closed form, W = (G + strength * I)^-1 Q, whose classes come task by task.
 
     Attributes:
-        gram: G, (width, width); empty before the first task.
-        correlations: Q, (width, classes).
+        gram: G, (width, width); empty before the first task. float64 on the CPU, and no buffer: not every device has float64, and in
+            float32 its rounding exceeds a small lambda.
+        correlations: Q, (width, classes), likewise.
         weight: W, (width, classes).
         strength: lambda, of the latest solution.
     """
 
-    gram: Tensor
-    correlations: Tensor
     weight: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.register_buffer("gram", torch.zeros(0, 0))
-        self.register_buffer("correlations", torch.zeros(width, 0))
+        self.gram = torch.zeros(0, 0, dtype=torch.float64)
+        self.correlations = torch.zeros(width, 0, dtype=torch.float64)
         self.register_buffer("weight", torch.zeros(width, 0))
         self.strength: float | None = None
 
@@ -152,11 +158,11 @@ class Ridge(GrowingBuffers):
         """Add the sums of a task with new classes, and solve; raises `strength` where G demands it."""
         assert self.strength is not None
         total = gram if self.gram.numel() == 0 else self.gram.to(gram) + gram
-        self.correlations = torch.cat([self.correlations, correlations.to(self.correlations)], dim=1)
-        while (weight := solve(total, self.correlations.to(total), self.strength)) is None:
+        correlations = torch.cat([self.correlations.to(correlations), correlations], dim=1)
+        while (weight := solve(total, correlations, self.strength)) is None:
             self.strength *= 10
-        # contiguous, as what is loaded is: a product with another layout rounds differently
-        self.gram, self.weight = total.to(self.gram), weight.to(self.weight).contiguous()
+        self.gram, self.correlations = total.cpu(), correlations.cpu()
+        self.weight = weight.to(self.weight).contiguous()  # as what is loaded is: a product with another layout rounds differently
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, width) -> (B, classes)."""
@@ -165,7 +171,13 @@ class Ridge(GrowingBuffers):
 
 
 def solve(gram: Tensor, correlations: Tensor, strength: float) -> Tensor | None:
-    """(gram + strength * I)^-1 correlations by Cholesky; None if the matrix is not positive definite up to rounding."""
+    """(gram + strength * I)^-1 correlations by Cholesky, in float64.
+
+    None if `strength` is below 1000 roundings of the trace, or the matrix not positive definite: a decomposition may still succeed close to
+    where it fails, with a solution of noise.
+    """
+    if strength < 1000 * torch.finfo(gram.dtype).eps * gram.trace():
+        return None
     shifted = gram.clone()
     shifted.diagonal().add_(strength)
     factor, failed = torch.linalg.cholesky_ex(shifted)
