@@ -272,7 +272,7 @@ class Bench:
 
     def _moments(self, method: InfLoRA, task: Task) -> list[Tensor]:
         with self.fabric.autocast():
-            return list(method._input_moments(task, "moments_before").values())
+            return list(method.input_moments(task, "moments_before").values())
 
     def _moments_of(self, task: int) -> list[Tensor]:
         return self.moments[task % len(self.moments)]  # growth goes on beyond the tasks there are

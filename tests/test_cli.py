@@ -128,7 +128,11 @@ def test_a_wrong_command_line(cli: Cli, arguments, sentence, tmp_path: Path, mon
         (["dataset=imagefolder", "dataset.root=/nowhere"], "dataset.root=/nowhere does not exist; set it to a folder with train/<class>/*"),
         (["method=inflora", "method.rank=65"], "method.rank=65 exceeds the layer's 64 inputs; choose 1..64"),
         (["method=inflora", "method.rank=four"], "method.rank=four does not fit; it must be a whole number"),
-        (["method=inflora", "method.blocks=3"], "method.blocks=3 does not fit; it must be a list, each item a whole number or null"),
+        (
+            ["method=inflora", "method.blocks=some"],
+            "method.blocks=some does not fit; it must be a list, each item a whole number or a whole",
+        ),
+        (["method=inflora", "method.blocks=0"], "method.blocks=[] does not fit this backbone; choose distinct numbers from 0.."),
         (["method=inflora", "method.energy=grams"], "method.energy=grams is unknown; choose gram or input"),
         (["dataset.num_tasks=11"], "dataset.num_tasks=11 does not fit 10 classes; choose 1..10"),
         (["dataset.task_sizes=[5,4]"], "dataset.task_sizes=[5, 4] adds up to 9; give positive numbers that add up to the 10 classes"),

@@ -201,7 +201,8 @@ def test_the_log_names_uneven_tasks_and_applied_files(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(method, tmp_path):
     found = run_toy(tmp_path, f"method={method}")
-    assert found["method"] == method
+    target = toy_config(tmp_path, f"method={method}").method._target_  # presets share a class, which is all that a composed run can name
+    assert found["method"] == target.split(".")[-2]
     assert found["last_accuracy"] is not None
     assert num_rows(tmp_path) == (1 if method == "joint" else 3)
 
