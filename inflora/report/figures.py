@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from inflora.metrics import forgetting_per_task as lost_per_task
@@ -42,6 +42,7 @@ _LETTERS_PER_LINE = 68  # of 8-point text across that width
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _MARKERS = "osD^vP"
 _DASHES = ("-", "--", "-.", ":")
+_FAR_APART = 30  # what is stored is shown on a logarithmic axis where one method keeps so many times more than another
 _MOST_TASKS_WITH_NUMBERS = 12  # in a heat map: more do not fit their cells
 
 
@@ -142,8 +143,14 @@ def accuracy_and_storage(section: Section) -> Figure | None:
         style["linestyle"] = "none"
         axes.errorbar(stored.mean, accuracy.mean, yerr=accuracy.std if accuracy.n > 1 else None, **style)
     axes.set(xlabel="parameters and statistics kept beside the backbone", ylabel="last accuracy (%)")
+    stored = [group.statistic("stored_parameters").mean for group in section.groups]
+    if min(stored) > 0 and max(stored) > _FAR_APART * min(stored):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(0, 1.08 * max(stored) or 1)
     axes.xaxis.set_major_formatter(lambda value, _: count_text(value))
-    axes.set_xlim(0, 1.08 * max(group.statistic("stored_parameters").mean for group in section.groups) or 1)
     _legend(figure, section)
     return figure
 
@@ -200,7 +207,7 @@ def _styled(section: Section) -> Iterator[tuple[Group, dict[str, Any]]]:
 
 def _legend(figure: Figure, section: Section) -> None:
     longest = max(len(group.label) for group in section.groups)
-    columns = max(1, _LETTERS_PER_LINE // (longest + 10))
+    columns = max(1, _LETTERS_PER_LINE // (longest + 7))
     rows = -(-len(section.groups) // columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))  # the plot keeps its height however long the legend
     figure.legend(loc="outside lower left", ncols=columns)
