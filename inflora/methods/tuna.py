@@ -27,7 +27,8 @@ class TUNA(Method):
     entropy for this image, and under the fused set.
 
     Loss: cross-entropy over the current task's classes of `scale` times cosines with the heads' weights, less `margin` at the right class;
-    plus, from the second task (t = 1) on, `orthogonality` * exp(-t - 1) times the overlap of the new adapters with the older ones.
+    plus, from the second task (t = 1) on, `orthogonality` * exp(-t - 1) times the overlap of the new adapters with the older ones. For a
+    task of one class the cross-entropy is zero, and its head learns from the samples alone.
 
     Trains per task L * (2 * D * bottleneck + bottleneck + D) floats (L blocks, D = embed_dim) and the current head. Stores that for every
     task and once more for the fused set, and per class D^2 + D floats of Gaussian. An image takes a pass through the backbone per task,
@@ -97,17 +98,12 @@ class TUNA(Method):
         ]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = self._cross_entropy(self.features(x), y)
+        scores, y = self.heads.current(self.features(x)), y - self.num_old_classes
+        self.observe(scores, y)
+        loss = F.cross_entropy(scores - self.heads.scale * self.margin * F.one_hot(y, scores.shape[1]), y)
         if self.num_task_sets > 1 and self.orthogonality:
             loss = loss + self.orthogonality * math.exp(-self.num_task_sets) * self.overlap()
         return loss
-
-    def _cross_entropy(self, features: Tensor, y: Tensor) -> Tensor:
-        is_local = not self.num_old_classes or self.heads.current.out_features > 1  # else the softmax over one class teaches nothing
-        scores = self.heads.current(features) if is_local else self.heads(features)
-        y = y - self.num_old_classes if is_local else y
-        self.observe(scores, y)
-        return F.cross_entropy(scores - self.heads.scale * self.margin * F.one_hot(y, scores.shape[1]), y)
 
     def overlap(self) -> Tensor:
         """Sum over the older tasks, mean over the blocks, of |mean cosine| between the rows of the new and of the old `up` weight."""
