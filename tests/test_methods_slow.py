@@ -142,7 +142,7 @@ def test_two_processes_do_what_one_does(method, cli, tmp_path):
     dropout, whose masks are drawn for the images that a process has, and without what tells the images of a process apart.
     """
     settings = compose_config(f"method={method}").method
-    without = [f"method.{key}=0" for key in settings if key in ("dropout", "contrast")]
+    without = [f"method.{key}=0" for key in settings if key in ("dropout", "contrast", "triplet")]
     images = ["+dataset.options.train=30", "trainer.batch_size=59"]
     arguments = [*toy_arguments(method), *TINY_VIT, *without, *images, "optimizer=sgd", "optimizer.lr=0.02"]
     for name, processes in (("one", 1), ("two", 2)):
