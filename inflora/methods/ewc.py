@@ -138,7 +138,7 @@ class EWC(TunedMethod):
                 size = batches.global_size(step)
                 num_images += size
                 if self.fisher_form == "sample":
-                    for image, label in zip(x.split(1), y.split(1), strict=True):
+                    for image, label in zip(x.unsqueeze(1), y.unsqueeze(1), strict=True):  # none where a process has no images
                         for total, gradient in zip(totals, self._gradients(image, label, weights), strict=True):
                             total.add_(gradient.square())
                 else:  # the gradient of the mean over the batch, whose images several processes share

@@ -53,7 +53,7 @@ class ClassCentroids(GrowingBuffers):
         own = torch.cat([self.means.new_zeros(0, self.dim), *(batch for batch, _ in found)])
         labels = torch.cat([self.sizes.new_zeros(0), *(batch for _, batch in found)])
         everything, labels = gather_over_processes(own).cpu().double(), gather_over_processes(labels).cpu()
-        order = everything.sum(dim=1).argsort(stable=True)  # one that does not depend on the number of processes
+        order = everything[:, 0].argsort(stable=True)  # independent of the number of processes; a norm makes the sum 0 up to rounding
         everything, labels = everything[order], labels[order]
         for label in range(len(self), len(self) + task.num_classes):
             self._append(everything[labels == label])
