@@ -32,6 +32,7 @@ GROUPS = {
     "tracker": "where numbers go, besides the run folder",
     "experiment": "prepared studies",
     "debug": "quick modes",
+    "hydra/launcher": "who runs the jobs of a multirun; without it, one after the other",
 }
 
 HELP = """\
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
         sys.exit(0)
     show_traceback = "--traceback" in arguments
-    sys.argv[1:] = [argument for argument in arguments if argument != "--traceback"]
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    others = [argument for argument in arguments if argument not in (*flags, "--traceback")]
+    sys.argv[1:] = flags + others  # first, because argparse takes no values on both sides of a flag
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us, instead of Hydra's own printing
     config.register()
     plugins.register()
@@ -78,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _say_fault(_composition_fault(error, sys.argv[1:]))
         sys.exit(EXIT_FAULT)
+    except JobFailed:  # which has been said
+        sys.exit(EXIT_FAULT)
     except OSError as error:  # the output folder cannot be made
         if show_traceback:
             raise
@@ -85,15 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_FAULT)
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
-    sys.exit(job.exit_code)
+    sys.exit(0)
+
+
+class JobFailed(Exception):
+    """A job could not do its work and has said why. Hydra hands it on when all jobs of a multirun have had their turn."""
 
 
 class Job:
-    """One Hydra job. In a multirun a job that fails says why, and the next one starts."""
+    """One Hydra job, in this process or in one that a launcher starts. One that fails says why, and does not keep others from starting."""
 
     def __init__(self, show_traceback: bool) -> None:
         self.show_traceback = show_traceback
-        self.exit_code = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        config.register()  # a launcher has brought the job to a process that does not know the configuration yet
 
     def __call__(self, cfg: DictConfig) -> None:
         from inflora.run import USER_ERRORS, Origin, run  # torch takes seconds to import: a misspelt key should not wait for it
@@ -103,7 +115,7 @@ class Job:
         if hydra_config.mode == RunMode.MULTIRUN:
             if any(override.startswith("output_dir=") for override in hydra_config.overrides.task):
                 _say_fault("a multirun makes one folder for each job; set hydra.sweep.dir=FOLDER instead of output_dir")
-                sys.exit(EXIT_FAULT)
+                sys.exit(EXIT_FAULT)  # unlike a failed job, this stops the sweep
             cfg.output_dir = hydra_config.runtime.output_dir
         try:
             names = {group: hydra_config.runtime.choices[group] for group in ("method", "dataset", "backbone")}
@@ -121,7 +133,7 @@ class Job:
                 raise
             is_systems = isinstance(error, OSError) and error.errno is not None  # a few words and a file, without what to do
             _say_fault(f"the system refuses: {error}; put that right and run the same command again" if is_systems else str(error))
-            self.exit_code = EXIT_FAULT
+            raise JobFailed from None
 
 
 def applied_files(hydra_config: Any) -> Iterator[str]:
@@ -165,6 +177,8 @@ def _escape(text: str) -> str:
 def _composition_fault(error: Exception, arguments: Sequence[str]) -> str:
     """One sentence for what Hydra or OmegaConf could not do with the command line."""
     text = str(error)
+    if match := re.search(r"Could not (?:find|load) 'hydra/launcher/([^']+)'", text):
+        return _launcher_fault(match[1])
     if match := re.search(r"Could not find '([\w]+)/([^']+)'", text):
         group, choice = match.groups()
         return f"{group}={choice} is not known; choose one of {', '.join(plugins.choices(group))}"
@@ -177,6 +191,13 @@ def _composition_fault(error: Exception, arguments: Sequence[str]) -> str:
         reason = str(error.__cause__ or "").splitlines()
         return f"{match[1]} does not fit: {reason[0] if reason else 'the value has the wrong type'}"
     return " ".join(text.split("See https://hydra.cc")[0].split())
+
+
+def _launcher_fault(choice: str) -> str:
+    packages = {"joblib": "hydra-joblib-launcher", "submitit_slurm": "hydra-submitit-launcher", "ray": "hydra-ray-launcher"}
+    if choice in packages:
+        return f"this launcher needs a package that is not installed; run `pip install {packages[choice]}`"
+    return f"hydra/launcher={choice} is not known; choose one of basic, {', '.join(plugins.choices('hydra/launcher'))}"
 
 
 def _known_keys(arguments: Sequence[str], wrong: str) -> list[str]:

@@ -145,6 +145,7 @@ def test_a_wrong_command_line(cli: Cli, arguments, sentence, tmp_path: Path, mon
         (["backbone.name=resnet18.a1_in1k"], "is not a vision transformer with a class token, which every method here needs"),
         (["backbone.checkpoint=/nowhere.pth"], "backbone.checkpoint=/nowhere.pth does not exist; give a .pth, .npz or .safetensors file"),
         (["optimizer=sgd", "optimizer.head_lr=1e38", "trainer.epochs=3"], "lower optimizer.lr and optimizer.head_lr"),
+        (["scheduler=cosine", "+scheduler.lag=1"], "scheduler.lag is no setting of inflora.schedule.cosine; remove it with ~scheduler.lag"),
         (["scheduler=step", "scheduler.milestones=[x]"], "scheduler.milestones=['x'] does not fit; it must be a list, each item a whole"),
         (["tracker=wandb", "tracker.mode=of"], "tracker.mode=of is not known; choose online, offline, disabled or null"),
     ],
@@ -292,7 +293,7 @@ def test_a_sweep_and_its_rerun(cli: Cli, tmp_path: Path):
 
 
 def test_a_failing_job_does_not_stop_the_others(cli: Cli, tmp_path: Path):
-    arguments = ["-m", *QUICK, "dataset.num_tasks=11,2,99", f"hydra.sweep.dir={tmp_path}"]
+    arguments = [*QUICK, "dataset.num_tasks=11,2,99", "-m", f"hydra.sweep.dir={tmp_path}"]
     said = cli(*arguments)
     assert said.code == 1
     assert "Traceback" not in said.err
@@ -300,6 +301,32 @@ def test_a_failing_job_does_not_stop_the_others(cli: Cli, tmp_path: Path):
     assert "error: dataset.num_tasks=99 does not fit 10 classes" in said.err
     (finished,) = tmp_path.glob("*/summary.json")
     assert json.loads(finished.read_text())["num_tasks"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["cores", "submitit_local"])
+def test_a_sweep_in_several_processes(launcher, tmp_path: Path):
+    """`submitit_local` runs as Slurm would; `cores` is joblib. A failing job fails the sweep, and the others end as they do alone."""
+    sweep = tmp_path / "sweep"
+    done = train_py(*QUICK, "dataset.num_tasks=2,11,5", f"hydra/launcher={launcher}", f"hydra.sweep.dir={sweep}", "-m")
+    assert done.returncode == 1, done
+    said = done.stdout + done.stderr + "".join(path.read_text() for path in sweep.glob(".submitit/*/*.err"))
+    assert "error: dataset.num_tasks=11 does not fit 10 classes" in said
+    assert "Traceback" not in done.stderr
+    assert sorted(json.loads(file.read_text())["num_tasks"] for file in sweep.glob("*/summary.json")) == [2, 5]
+    assert train_py(*QUICK, "dataset.num_tasks=5", f"output_dir={tmp_path / 'alone'}").returncode == 0
+    (folder,) = (file.parent for file in sweep.glob("*/summary.json") if num_rows(file.parent) == 5)
+    assert (folder / "accuracy_matrix.csv").read_bytes() == (tmp_path / "alone" / "accuracy_matrix.csv").read_bytes()
+
+
+def test_a_launcher_that_is_not_installed_or_not_known(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    sentence = fault(cli("-m", "hydra/launcher=cluster", "seed=0,1"))
+    assert sentence == "hydra/launcher=cluster is not known; choose one of basic, cores, slurm"
+    (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)
+    (tmp_path / "conf" / "hydra" / "launcher" / "missing.yaml").write_text("defaults:\n  - ray\n")
+    arguments = ["hydra.searchpath=[file://" + str(tmp_path / "conf") + "]", "hydra/launcher=missing", "seed=0,1"]
+    assert "this launcher needs a package that is not installed; run `pip install hydra-ray-launcher`" in fault(cli("-m", *arguments))
 
 
 def test_a_job_that_cannot_be_composed_stops_a_sweep_before_it_begins(cli: Cli, tmp_path: Path):
