@@ -1,6 +1,7 @@
 """Types of what the core reads from the configuration, as Hydra schemas; defaults live in conf/."""
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class TrainerConfig:
     batch_size: int = MISSING
     eval_batch_size: int = MISSING
     grad_clip: float | None = None
+    grad_accumulation: int = MISSING
+    grad_checkpointing: bool = MISSING
     device: str = MISSING
     num_devices: int = MISSING
     precision: str = MISSING
@@ -84,6 +87,7 @@ AT_LEAST = {
     "trainer.epochs": 1,
     "trainer.batch_size": 1,
     "trainer.eval_batch_size": 1,
+    "trainer.grad_accumulation": 1,
     "trainer.num_devices": 1,
     "trainer.num_workers": 0,
     "seed": 0,
@@ -154,10 +158,21 @@ def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
     except NameError:  # names that exist for type checkers only
         return
+    if unknown := _unknown_arguments(target, settings):
+        faults = (f"{group}.{key} is no setting of {settings['_target_']}; remove it with ~{group}.{key}" for key in unknown)
+        raise ConfigurationError("\n".join(faults))
     wrong = [key for key, value in settings.items() if key in hints and not _fits(value, hints[key])]
     if wrong:
         faults = (f"{group}.{key}={settings[key]} does not fit; it must be {_in_words(hints[key])}" for key in wrong)
         raise ConfigurationError("\n".join(faults))
+
+
+def _unknown_arguments(target: Any, settings: Mapping[str, Any]) -> list[str]:
+    """Keys that the class or function does not take: those of another choice of the group, which a recipe was written for."""
+    parameters = inspect.signature(target).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return []
+    return [key for key in settings if key not in parameters and not key.startswith("_")]
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}

@@ -1,7 +1,9 @@
 """What a run records: the accuracy matrices, the timings, and `summary.json`."""
 
+import contextlib
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -139,12 +141,24 @@ def count_numbers(state: Any) -> int:
     return sum(count_numbers(value) for value in inner)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Count `peak_memory_bytes` from now on. Where a system cannot (macOS), what earlier runs of the process needed counts too."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: on the device if that is a GPU, else resident. Earlier runs of the process count too."""
+    """The most memory this process has held: on the device if that is a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts kilobytes
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_name(device: torch.device) -> str:

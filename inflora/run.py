@@ -30,7 +30,7 @@ from inflora.data.transforms import build_transforms
 from inflora.method import Method
 from inflora.parts.collective import failing_together
 from inflora.progress import ConsoleHandler
-from inflora.results import Records, read_summary, summary
+from inflora.results import Records, read_summary, reset_peak_memory, summary
 from inflora.seeding import seed_everything
 from inflora.trackers import JsonlTracker, Trackers
 from inflora.trainer import Interrupted, Trainer, TrainingError, stop_signals_to
@@ -50,9 +50,11 @@ RESULT_FREE = {
     "trainer.num_devices",
     "trainer.num_workers",
     "trainer.eval_batch_size",
+    "trainer.grad_accumulation",
+    "trainer.grad_checkpointing",
     "trainer.progress",
 }
-"""Keys that change no result: a run may continue with other values. What dataset.root holds is checked by the tasks themselves."""
+"""Keys that change no result beyond rounding: a run may continue with other values. The tasks themselves check what dataset.root holds."""
 
 LENGTH = {"dataset.num_tasks", "dataset.task_sizes", "dataset.class_order"}
 """Keys that may differ if the tasks of the old run are the first of the new one."""
@@ -203,6 +205,7 @@ def _hold(folder: Path) -> Iterator[None]:
 
 def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     folder = Path(plain["output_dir"])
+    reset_peak_memory(fabric.device)
     trackers = Trackers([])
     with failing_together():
         parts = build(fabric, plain)
@@ -220,6 +223,7 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
             head_lr=plain["optimizer"]["head_lr"],
             schedule=_instantiate("scheduler", plain["scheduler"]),
             grad_clip=plain["trainer"]["grad_clip"],
+            grad_accumulation=plain["trainer"]["grad_accumulation"],
             seed=plain["seed"],
             folder=folder,
             records=records,
@@ -299,6 +303,8 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
         max_test_per_class=data["max_test_per_class"],
     )
     method.to(fabric.device)
+    if plain["trainer"]["grad_checkpointing"]:
+        method.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if plain["trainer"]["compile"]:
         method.backbone.compile()
     return Parts(fabric, sequence, backbone, method)

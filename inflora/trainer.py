@@ -17,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import CheckpointError as RecomputationError
 
 from inflora.checkpoint import CheckpointFolder
 from inflora.data.tasks import Task, TaskSequence
@@ -51,6 +52,7 @@ class Trainer:
         head_lr: rate of the groups with role "head".
         schedule: (epoch, epochs) -> factor on both rates.
         grad_clip: largest 2-norm of the gradient over all trained parameters; None: no clipping.
+        grad_accumulation: parts that a batch is computed in, one after the other, to need less memory; the step is that of the whole batch.
         seed: the run's seed.
         folder: the run folder: a checkpoint after every epoch and task, and the matrices.
         records: filled in as the run goes.
@@ -68,6 +70,7 @@ class Trainer:
         head_lr: float,
         schedule: Callable[[int, int], float],
         grad_clip: float | None,
+        grad_accumulation: int = 1,
         seed: int,
         folder: Path,
         records: Records,
@@ -80,6 +83,7 @@ class Trainer:
         self.rates = {"branch": lr, "head": head_lr}
         self.schedule = schedule
         self.grad_clip = grad_clip
+        self.grad_accumulation = grad_accumulation
         self.seed = seed
         self.folder = folder
         self.checkpoints = CheckpointFolder(folder / "checkpoints")
@@ -167,20 +171,57 @@ class Trainer:
             Whether the run shall stop. A signal may come between any two lines, so the processes do what was agreed with the gradients.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        share = len(x) / global_size  # a process weighs as many images as it has: the sum over processes is the mean over the batch
-        loss, stop = None, False
-        for loss in self._losses(method, x, y, global_size):
-            optimizer.zero_grad()
-            if loss is not None and loss.requires_grad:
-                self.fabric.backward(loss * share if share != 1 else loss)
+        latest, stop = None, False
+        optimizer.zero_grad()
+        for loss in self._backward_passes(method, x, y, global_size):
             if self.fabric.world_size > 1:
                 stop = sum_gradients(parameters, self._stop_requested)
             if self.grad_clip is not None:
                 self.fabric.clip_gradients(method, optimizer, max_norm=self.grad_clip, error_if_nonfinite=False)
             optimizer.step()
             method.after_step()
-        meter.add(torch.zeros((), device=x.device) if loss is None else loss.detach(), share)
+            optimizer.zero_grad()
+            latest = loss
+        meter.add(torch.zeros((), device=x.device) if latest is None else latest, len(x) / global_size)
         return stop if self.fabric.world_size > 1 else self._stop_requested
+
+    def _backward_passes(self, method: Method, x: Tensor, y: Tensor, global_size: int) -> Iterator[Tensor | None]:
+        """The gradients of every loss that the method gives for the batch, computed when asked for.
+
+        Yields:
+            The loss over this process's images, without graph; None where it has none.
+        """
+        parts = min(self.grad_accumulation, max(1, len(x)))
+        images, labels = x.tensor_split(parts), y.tensor_split(parts)
+        ids = method.sample_ids
+        ids_of_parts = ids.tensor_split(parts)
+        losses = [self._losses(method, *part, global_size) for part in zip(images, labels, strict=True)]
+        while True:
+            total = None
+            for part, part_losses in enumerate(losses):
+                method.sample_ids = ids_of_parts[part]
+                try:
+                    loss = next(part_losses)
+                except StopIteration:
+                    return
+                if loss is not None:
+                    self._backward(loss, len(images[part]) / global_size)
+                    weighted = loss.detach() * (len(images[part]) / len(x))
+                    total = weighted if total is None else total + weighted
+            method.sample_ids = ids
+            yield total
+
+    def _backward(self, loss: Tensor, share: float) -> None:
+        """Adds to the gradients: a process, or a part, weighs as many images as it has, so that the sum is the mean over the batch."""
+        if not loss.requires_grad:
+            return
+        try:
+            self.fabric.backward(loss * share if share != 1 else loss)
+        except RecomputationError as error:
+            raise TrainingError(
+                "this method's forward pass cannot be computed again for its gradient; set trainer.grad_checkpointing=false, and "
+                "trainer.grad_accumulation=2 or more to need less memory"
+            ) from error
 
     def _losses(self, method: Method, x: Tensor, y: Tensor, global_size: int) -> Iterator[Tensor | None]:
         """The method's losses, each computed when asked for, under mixed precision.

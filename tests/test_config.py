@@ -239,7 +239,10 @@ def plugin(hint_of_checkers_only: "Nowhere") -> None: ...  # type: ignore[name-d
 def test_arguments_are_compared_with_their_types():
     fine: dict[str, Any] = {"_target_": "test_config.Plugin", "count": 3, "share": 1, "names": ["x"], "mode": "c", "on": False}
     config.check_arguments("method", fine)
-    config.check_arguments("method", fine | {"names": None, "unknown": "is told by Python itself"})
+    config.check_arguments("method", fine | {"names": None})
+    sentence = r"^method\.other is no setting of test_config\.Plugin; remove it with ~method\.other$"
+    with pytest.raises(ConfigurationError, match=sentence):
+        config.check_arguments("method", fine | {"other": 1})
     with pytest.raises(ConfigurationError) as error:
         config.check_arguments("method", fine | {"count": 2.5, "share": "half", "names": [1], "on": 1})
     assert str(error.value).splitlines() == [

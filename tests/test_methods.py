@@ -24,7 +24,9 @@ from learning import (
     test_images,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
+from benchmarks.timing import kept_for_backward
 from inflora import checkpoint, lora
 from inflora.method import Method
 from inflora.methods.inflora import InfLoRA
@@ -32,6 +34,8 @@ from inflora.methods.joint import Joint
 from inflora.methods.sequential import Sequential
 from inflora.methods.sequential_full import SequentialFull
 from inflora.results import count_numbers
+from inflora.seeding import seed_everything
+from inflora.trainer import trainable_groups
 
 
 @pytest.fixture(params=CASES)
@@ -72,6 +76,42 @@ def test_exactly_these_train(name):
     fit.train(epochs=2)
     pattern = TRAINS[name].replace("NEW", str(len(tasks) - 1))
     assert changed(before, tensors(method)) == {key for key in before if re.fullmatch(pattern, key)}
+
+
+COMPUTED_ONCE = {"coda_prompt", "coda_prompt penalty", "dualprompt", "dualprompt original", "hide_prompt", "hide_prompt covariance", "l2p",
+                 "l2p prompt"}  # fmt: skip
+"""Cases whose forward pass is another one by the time its gradient is asked for: their prompts are there for its duration only."""
+
+
+@pytest.mark.parametrize("name", [name for name, trains in TRAINS.items() if trains])
+def test_blocks_may_be_computed_again_for_the_gradient(name):
+    """What `trainer.grad_checkpointing` does: the same gradients, or an error; never others."""
+    method = build(CASES[name])
+    tasks = list(sequence_for(method))
+    learn(method, tasks[:-1])
+    Fit(method, tasks[-1]).begin()
+    trainable_groups(method, {"branch": 1, "head": 1})
+    batches = tasks[-1].batches("train", stream="fit", epoch=0)
+    x, y = next(iter(batches))
+    method.train()
+    method.begin_epoch(0)
+    gradients = []
+    for is_on in (False, True):
+        method.backbone.set_grad_checkpointing(is_on)
+        method.sample_ids = batches.sample_ids(0)
+        method.zero_grad()
+        seed_everything(0, "fit")
+        found = method.loss(x, y)
+        loss = found if isinstance(found, Tensor) else next(found)
+        if is_on and name in COMPUTED_ONCE:
+            with pytest.raises(CheckpointError):
+                loss.backward()
+            return
+        loss.backward()
+        gradients.append({name: p.grad for name, p in method.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
 
 
 def test_scores_cover_the_seen_classes(case):
@@ -348,6 +388,29 @@ def test_inflora_moves_keys_and_values_within_the_designed_rows_only(optimizer):
             outside = delta - delta @ rows @ rows.T
             assert delta.norm() > 1e-4
             assert outside.norm() < 1e-4 * delta.norm()  # the merged weight is rounded to float32
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::inflora.subspace.MissingDirectionsWarning")  # after so many tasks 32 dimensions are taken
+def test_a_hundred_tasks_need_no_more_memory_than_a_few():
+    """What is kept for the backward pass stays; what is stored grows by the heads alone, once the memories cannot."""
+    method = build(CASES["inflora"])
+    kept, stored, batch = {}, {}, 0
+    for task in toy.sequence(100, num_classes=100, train=2):
+        fit = Fit(method, task).begin()
+        if task.index > 0:  # the first head is the only one whose loss is not that of all classes: tasks of one class
+            x, y = next(iter(task.batches("train", stream="fit", epoch=0)))
+            batch = len(x)
+            trainable_groups(method, {"branch": 1, "head": 1})
+            kept[task.index] = kept_for_backward(lambda x=x, y=y: method.loss(x, y), method)  # type: ignore[return-value]
+        fit.train().end()
+        stored[task.index] = count_numbers(method.state_dict())
+        assert not lora.branches(method.backbone)
+    scores_of_a_batch = batch * 4
+    assert kept[99] - kept[1] <= 8 * 98 * scores_of_a_batch + 98 * toy.EMBED_DIM * 4, "only the scores of the classes seen"
+    heads = 98 * (toy.EMBED_DIM + 1)
+    bases = 2 * toy.EMBED_DIM * toy.EMBED_DIM // 2  # DualGPM keeps the smaller of two complementary bases
+    assert stored[99] - stored[1] <= heads + bases
 
 
 def test_inflora_designs_orthogonally_to_what_it_protects():

@@ -95,11 +95,18 @@ def test_numbers_in_a_nest_are_counted():
     assert results.count_numbers(state) == 6 + 4 + 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the true value there")
-def test_peak_memory_is_in_bytes():
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    resident = int(status["VmHWM"].split()[0]) * 1024
-    assert results.peak_memory_bytes(torch.device("cpu")) == pytest.approx(resident, rel=0.1)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can start counting anew")
+def test_peak_memory_is_that_of_the_run_in_bytes():
+    cpu = torch.device("cpu")
+    size = 400_000_000
+    results.reset_peak_memory(cpu)
+    before = results.peak_memory_bytes(cpu)
+    block = np.ones(size, np.uint8)
+    assert results.peak_memory_bytes(cpu) - before == pytest.approx(size, rel=0.1)
+    del block
+    assert results.peak_memory_bytes(cpu) - before == pytest.approx(size, rel=0.1)
+    results.reset_peak_memory(cpu)
+    assert results.peak_memory_bytes(cpu) - before < 0.1 * size
 
 
 def test_versions_name_what_computes(monkeypatch):

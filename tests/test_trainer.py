@@ -95,7 +95,8 @@ def test_several_losses_a_batch_are_as_many_steps(tmp_path, monkeypatch):
     assert steps == [0] * 6 + [1] * 6
 
 
-def test_a_method_knows_which_images_a_batch_holds(tmp_path, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_method_knows_which_images_a_batch_holds(parts, tmp_path, monkeypatch):
     seen = []
     original = LinearProbe.loss
 
@@ -105,7 +106,7 @@ def test_a_method_knows_which_images_a_batch_holds(tmp_path, monkeypatch):
         return original(self, x, y)
 
     monkeypatch.setattr(LinearProbe, "loss", loss)
-    run_toy(tmp_path, *PROBE)
+    run_toy(tmp_path, *PROBE, f"trainer.grad_accumulation={parts}")
     epochs = [seen[start : start + 18] for start in range(0, len(seen), 18)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(18))] * 4, "each image once an epoch"
     assert epochs[0] != epochs[1]
@@ -176,6 +177,20 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
     norms.clear()
     run_toy(tmp_path / "clipped", *PROBE, "optimizer=sgd", "trainer.epochs=1", "trainer.grad_clip=0.01")
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["toy.TwoSteps", "inflora.methods.linear_probe.LinearProbe"])
+def test_a_batch_in_parts_is_the_same_step(target, tmp_path):
+    """The last batch of an epoch holds two images: fewer than the parts."""
+    arguments = [*PROBE, f"method._target_={target}", "optimizer=sgd", "optimizer.head_lr=1", "trainer.grad_clip=0.5"]
+    folders = {parts: tmp_path / str(parts) for parts in (1, 3)}
+    for parts, folder in folders.items():
+        run_toy(folder, *arguments, f"trainer.grad_accumulation={parts}")
+    whole, cut = ([event["loss"] for event in read_events(folder, "epoch")] for folder in folders.values())
+    assert cut == pytest.approx(whole, rel=1e-5)
+    whole, cut = (checkpoint.CheckpointFolder(folder / "checkpoints").latest()["method"]["tensors"] for folder in folders.values())  # type: ignore[index]
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_training_as_written_by_hand(tmp_path):

@@ -43,6 +43,7 @@ MEANINGS = {
     "task found": "share of images whose predicted class belongs to the right task, after the last task.",
     "trained": "parameters trained at a time (in the task that trains most).",
     "stored": "parameters and statistics kept beside the pretrained backbone at the end.",
+    "memory": "most memory in use at a time: of the GPU where there is one, else of the whole process, torch included.",
     "macro": "mean over tasks instead of over images.",
     "learning": "mean accuracy on each task right after learning it.",
     "clamped, CODA, LibContinual": "as L2P and PILOT, CODA-Prompt, and LibContinual define forgetting: comparable only within a kind.",
@@ -60,14 +61,15 @@ class Table:
 
 def main_table(section: Section) -> Table:
     """Accuracy, forgetting and cost of every group."""
-    header = ["method", "n", *_HEADLINE.values(), "trained", "stored", "time"]
+    header = ["method", "n", *_HEADLINE.values(), "trained", "stored", "memory", "time"]
     return Table("Percent, mean ± sample standard deviation over n runs", header, [_main_row(group) for group in section.groups])
 
 
 def _main_row(group: Group) -> list[str]:
     cost = [count_text(group.statistic(name).mean) for name in ("trainable_parameters", "stored_parameters")]
+    memory = bytes_text(group.statistic("peak_memory_bytes").mean)
     time = duration_text(statistic(run.summary["wall_seconds"]["total"] for run in group.runs).mean)
-    return [group.label, str(len(group.runs)), *(statistic_text(group.statistic(name)) for name in _HEADLINE), *cost, time]
+    return [group.label, str(len(group.runs)), *(statistic_text(group.statistic(name)) for name in _HEADLINE), *cost, memory, time]
 
 
 def definitions_table(section: Section) -> Table:
@@ -227,6 +229,11 @@ def count_text(count: float) -> str:
         if count >= 0.9995 * size:
             return f"{float(f'{count / size:.3g}'):g} {unit}"
     return f"{count:.0f}"
+
+
+def bytes_text(size: float) -> str:
+    """`1.42 GB`: decimal units, three digits."""
+    return f"{float(f'{size / 1e9:.3g}'):g} GB" if size >= 0.9995e9 else f"{size / 1e6:.0f} MB"
 
 
 def duration_text(seconds: float) -> str:
