@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.pairs import BACKBONES, Bench, Sizes
+from benchmarks.pairs import BACKBONES, WIDTHS, Bench, Sizes
 from benchmarks.timing import Row
 from inflora.results import device_name, git_revision, package_versions
 
+_FULL = {"tasks": 5, "epochs": 2, "turns": 5, "run_turns": 1, "learned": (1, 10, 50, 100), "ranks": (1, 10, 50), "widths": (192, 384, 768)}
 SIZES = {
-    "vit_micro": Sizes(batch_size=64, images=32, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
-    "vit_b16": Sizes(batch_size=128, images=128, tasks=5, epochs=2, turns=5, run_turns=1, learned=(1, 5, 10, 20)),
-    "quick": Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=1, run_turns=1, learned=(1, 2)),
+    "vit_micro": Sizes(batch_size=64, images=32, width_image_size=64, **_FULL),
+    "vit_b16": Sizes(batch_size=128, images=128, width_image_size=224, **_FULL),
+    "quick": Sizes(4, 4, tasks=2, epochs=1, turns=1, run_turns=1, learned=(1, 2), ranks=(2,), widths=(192,), width_image_size=32),
 }
 
 
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks"), help="folder for bench.md and bench.json")
     options = vars(parser.parse_args(arguments))
     out, is_quick, is_random = options.pop("out"), options.pop("quick"), options.pop("random")
-    options["pretrained"] = not is_random
     sizes = SIZES["quick" if is_quick else options["backbone"]]
-
-    result = {"settings": options | asdict(sizes), "machine": machine(torch.device(options["device"])), **measure(Bench(sizes, **options))}
+    settings = options | {"pretrained": not is_random} | asdict(sizes)
+    options |= {"backbone": BACKBONES[options["backbone"]], "pretrained": not is_random}
+    result = {"settings": settings, "machine": machine(torch.device(options["device"])), **measure(sizes, options)}
     text = markdown(result)
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.md").write_text(text, encoding="utf-8")
@@ -46,23 +47,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{text}\nWritten to {out}")
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """The rows of the table, and the lines of the growth table."""
+def measure(sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
+    """The rows of the table, the limit, and the tables of growth."""
+    bench = Bench(sizes, **options)
     works = [bench.images_row, bench.covariance_row, bench.subspace_row, bench.step_row, bench.evaluation_row, bench.run_row]
-    rows, growth = [], []
+    rows = []
+    growths: dict[str, list[dict[str, Any]]] = {"tasks learned": [], "rank": [], "width": []}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=len(works) + len(bench.sizes.learned))
+        bar = progress.add_task("", total=len(works) + 1 + len(sizes.learned) + len(sizes.ranks) + len(sizes.widths))
         for work in works:
             progress.update(bar, description=work.__name__)
             row = work()
             rows.append(asdict(row))
             progress.console.print(f"{row.name}: {row.ratio:.2f} times faster", highlight=False)
             progress.advance(bar)
-        for learned in bench.sizes.learned:
-            progress.update(bar, description=f"after {learned} tasks")
-            growth.append({name: asdict(value) if isinstance(value, Row) else value for name, value in bench.growth(learned).items()})
+        progress.update(bar, description="limit")
+        limit = bench.limit()
+        progress.advance(bar)
+
+        def grow(name: str, value: int, costs: Callable[[], dict[str, Any]]) -> None:
+            progress.update(bar, description=f"{name}: {value}")
+            line = {key: asdict(cost) if isinstance(cost, Row) else cost for key, cost in costs().items()}
+            growths[name].append({name: value, **line})
             progress.advance(bar)
-    return {"rows": rows, "growth": growth}
+
+        for learned in sizes.learned:
+            grow("tasks learned", learned, lambda learned=learned: bench.growth(learned))
+        for rank in sizes.ranks:
+            grow("rank", rank, lambda rank=rank: Bench(sizes, **options, rank=rank).growth())
+        for width in sizes.widths:
+            of_this_width = {"backbone": WIDTHS[width], "pretrained": False, "image_size": sizes.width_image_size}
+            grow("width", width, lambda arguments=options | of_this_width: Bench(sizes, **arguments).growth())
+    return {"rows": rows, "limit": limit, "growth": growths}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -78,7 +94,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """`bench.md`: ratios first, times second, growth third."""
+    """`bench.md`: ratios and times, the limit, growth."""
     lines = ["# Benchmark", "", _listed(result["settings"]), "", _listed(result["machine"]), ""]
     lines += ["| | times faster | in single turns | this package | plain reference | agreement |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
@@ -86,10 +102,18 @@ def markdown(result: dict[str, Any]) -> str:
         agreement = f"{row['measure']}: {row['difference']:.1e}"
         times = f"{_time(row['fast_s'])} | {_time(row['plain_s'])}"
         lines.append(f"| {row['name']} | **{row['ratio']:.2f}** | {turns} | {times} | {agreement} |")
-    lines += ["", "Growth with the number of tasks already learned: this package / plain reference.", ""]
-    names = list(result["growth"][0])
-    lines += [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    lines += [f"| {' | '.join(map(_cell, line.values()))} |" for line in result["growth"]]
+    limit = result["limit"]
+    lines += [
+        "",
+        f"The limit: a training step has {limit['operations'] / 1e9:.3g} G operations in matrix products and does "
+        f"{limit['step_rate'] / 1e9:,.0f} G a second, **{limit['fraction']:.0%}** of the {limit['product_rate'] / 1e9:,.0f} G "
+        "a second of one large product in the same precision.",
+    ]
+    lines += ["", "What a task costs, this package / plain reference, against the number of tasks learned before, the rank, and the width."]
+    for table in result["growth"].values():
+        names = list(table[0])
+        lines += ["", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        lines += [f"| {' | '.join(map(_cell, line.values()))} |" for line in table]
     return "\n".join(lines) + "\n"
 
 

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference
-from benchmarks.timing import Row, angle, compare, kept_for_backward, largest, relative
+from benchmarks.timing import Row, angle, compare, kept_for_backward, largest, relative, timed
 from inflora import lora
 from inflora.backbone import build_backbone
 from inflora.data.cache import FixedImages
@@ -30,8 +32,13 @@ from inflora.trackers import Tracker, Trackers
 from inflora.trainer import Meter, Trainer, evaluate, trainable_groups
 
 BACKBONES = {"vit_micro": "vit_micro.tiny_imagenet", "vit_b16": "vit_base_patch16_224.augreg_in21k"}
-SEED, LR, RANK, SCALE = 0, 5e-4, 10, 3**-0.5
+WIDTHS = {192: "vit_tiny_patch16_224.augreg_in21k", 384: "vit_small_patch16_224.augreg_in21k", 768: "vit_base_patch16_224.augreg_in21k"}
+"""Twelve blocks each."""
+
+SEED, LR, SCALE = 0, 5e-4, 3**-0.5
 THRESHOLDS = {"threshold": 0.95, "threshold_end": 1.0}
+
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices that show how fast the machine can be
 
 Twins = tuple[InfLoRA, reference.PlainInfLoRA]
 Subspaces = tuple[list[Tensor], list[reference.Memory]]
@@ -48,7 +55,9 @@ class Sizes:
         tasks: tasks of two digits each, 1..5.
         epochs: of the whole run, per task.
         turns: how often each side is timed; the whole run `run_turns` times.
-        learned: numbers of tasks in the growth table.
+        learned: numbers of tasks in the table of growth with them.
+        ranks: in the table of growth with the rank; elsewhere it is 10.
+        widths: keys of WIDTHS, in the table of growth with the width, at `width_image_size` pixels.
     """
 
     batch_size: int
@@ -58,6 +67,9 @@ class Sizes:
     turns: int
     run_turns: int
     learned: tuple[int, ...]
+    ranks: tuple[int, ...]
+    widths: tuple[int, ...]
+    width_image_size: int
 
 
 class Bench:
@@ -66,17 +78,27 @@ class Bench:
     Tasks are learned by decree: random branches and heads, and memories updated with the second moments of real inputs.
 
     Args:
-        backbone: a key of BACKBONES; `pretrained`, or with random weights.
+        backbone: timm's exact name; `pretrained`, or with random weights.
         device: "cpu" or "cuda".
         precision: "32", "bf16" or "16", of this package's side; the plain side is always float32.
     """
 
-    def __init__(self, sizes: Sizes, *, backbone: str, pretrained: bool, device: str, precision: str) -> None:
-        self.sizes = sizes
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        backbone: str,
+        pretrained: bool,
+        device: str,
+        precision: str,
+        rank: int = 10,
+        image_size: int | None = None,
+    ) -> None:
+        self.sizes, self.rank = sizes, rank
         self.tolerance, self.accuracy_tolerance = (1e-4, 0.02) if precision == "32" else (3e-2, 0.1)
         self.fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
         torch.manual_seed(SEED)
-        built = build_backbone(BACKBONES[backbone], pretrained=pretrained, checkpoint=None)
+        built = build_backbone(backbone, pretrained=pretrained, checkpoint=None, image_size=image_size)
         self.vit = built.model.to(self.fabric.device)
         splits = few_digits(2 * sizes.tasks, sizes.images)
         self.sequence = TaskSequence(
@@ -133,14 +155,14 @@ class Bench:
 
         def fast() -> Subspaces:
             memories = copy.deepcopy(list(method.memory.values()))
-            designs = [design_branch(C, memory, RANK) for C, memory in zip(moments, memories, strict=True)]
+            designs = [design_branch(C, memory, self.rank) for C, memory in zip(moments, memories, strict=True)]
             for C, memory in zip(moments, memories, strict=True):
                 memory.update(C, threshold)
             return designs, [(memory.kind, memory.basis) for memory in memories]
 
         def plain() -> Subspaces:
             pairs = [(C.cpu(), memory) for C, memory in zip(moments, model.memories, strict=True)]
-            designs = [reference.design(C, memory, RANK, SCALE) for C, memory in pairs]
+            designs = [reference.design(C, memory, self.rank, SCALE) for C, memory in pairs]
             return designs, [reference.update(memory, C, threshold) for C, memory in pairs]
 
         def distance(fast: Subspaces, plain: Subspaces) -> float:
@@ -167,6 +189,7 @@ class Bench:
 
         def fast() -> Meter:
             x, y = next(fast_batches)
+            method.sample_ids = torch.arange(len(x))
             trainer._step(method, fast_optimizer, x, y, len(x), meter)
             return meter
 
@@ -213,8 +236,33 @@ class Bench:
             tolerance=self.accuracy_tolerance,
         )
 
-    def growth(self, learned: int) -> dict[str, Any]:
+    def limit(self) -> dict[str, float]:
+        """How near a training step is to the machine's limit: its operations, against those of large products in the same precision.
+
+        Operations are those of matrix products, as torch counts them; the skinny product with `lora_B`, in place, is not among them.
+        """
+        method, _ = self._twins(self.last.index, is_training=True)
+        x, y = self._batches_for(method)[0]
+        trainer, meter = self._trainer(Path()), Meter(None, self.last, 0)
+        optimizer = self.fabric.setup_optimizers(torch.optim.Adam(trainable_groups(method, trainer.rates)))
+        method.sample_ids = torch.arange(len(x))
+        with FlopCounterMode(display=False) as counter:
+            trainer._step(method, optimizer, x, y, len(x), meter)
+        operations = counter.get_total_flops()
+        size = PRODUCT_SIZE[self.fabric.device.type]
+        with self.fabric.autocast():  # which computes no product of the types it leaves alone, hence by way of a layer
+            kind = torch.nn.functional.linear(x.new_ones(1, 1), x.new_ones(1, 1)).dtype
+        left, right = torch.randn(2, size, size, device=self.fabric.device).to(kind)
+        product_s, step_s = [], []
+        for _ in range(self.sizes.turns + 1):  # the first turn warms up
+            product_s.append(timed(lambda: left @ right)[0])
+            step_s.append(timed(lambda: trainer._step(method, optimizer, x, y, len(x), meter))[0])
+        rate, step_rate = 2 * size**3 / median(product_s[1:]), operations / median(step_s[1:])
+        return {"operations": operations, "step_rate": step_rate, "product_rate": rate, "fraction": step_rate / rate}
+
+    def growth(self, learned: int | None = None) -> dict[str, Any]:
         """What a task costs after so many others: times as rows, sizes as pairs (this package, plain)."""
+        learned = self.last.index if learned is None else learned
         method, plain = self._twins(learned, is_training=True)
         x, y = self._batches_for(method)[0]
         trainable_groups(method, {"branch": LR, "head": LR})
@@ -224,7 +272,6 @@ class Bench:
                 return method.local_cross_entropy(method.features(x), y)
 
         return {
-            "tasks learned": learned,
             "training step": self.step_row(learned),
             "subspaces": self.subspace_row(learned),
             "numbers stored": (count_numbers(method.state_dict()) - count_numbers(self.vit.state_dict()), plain.stored_numbers()),
@@ -238,17 +285,17 @@ class Bench:
 
     def _method(self) -> InfLoRA:
         options = {**THRESHOLDS, "energy": "gram", "decomposition": "PC", "lora_A_scale": SCALE, "dual": True}
-        return InfLoRA(copy.deepcopy(self.vit), rank=RANK, blocks=None, **options).eval()
+        return InfLoRA(copy.deepcopy(self.vit), rank=self.rank, blocks=None, **options).eval()
 
     def _plain(self, num_tasks: int) -> reference.PlainInfLoRA:
-        return reference.PlainInfLoRA(self.vit, rank=RANK, scale=SCALE, num_tasks=num_tasks, **THRESHOLDS)
+        return reference.PlainInfLoRA(self.vit, rank=self.rank, scale=SCALE, num_tasks=num_tasks, **THRESHOLDS)
 
     def _twins(self, learned: int, *, is_training: bool = False) -> Twins:
         """Both sides after so many tasks, or (`is_training`) at the first step of the next one."""
         method, plain = self._method(), self._plain(max(learned + 1, len(self.sequence)))
         random = torch.Generator().manual_seed(SEED)
         for task in range(learned):
-            lora_A = SCALE * torch.linalg.qr(torch.randn(self.vit.num_features, RANK, generator=random)).Q.mT  # type: ignore[arg-type]
+            lora_A = SCALE * torch.linalg.qr(torch.randn(self.vit.num_features, self.rank, generator=random)).Q.mT  # type: ignore[arg-type]
             self._begin(method, plain, [lora_A] * len(method.targets))
             for branch, attention in zip(lora.branches(method.backbone).values(), plain.attentions, strict=True):
                 branch.lora_B.data.copy_(0.1 * torch.randn(branch.lora_B.shape, generator=random))
@@ -261,7 +308,7 @@ class Bench:
         plain.memories = [(memory.kind, memory.basis.float()) if learned else None for memory in method.memory.values()]
         if is_training:
             pairs = zip(self._moments_of(learned), method.memory.values(), strict=True)
-            self._begin(method, plain, [design_branch(C, memory, RANK) for C, memory in pairs])
+            self._begin(method, plain, [design_branch(C, memory, self.rank) for C, memory in pairs])
         return method, plain
 
     def _begin(self, method: InfLoRA, plain: reference.PlainInfLoRA, designs: list[Tensor]) -> None:

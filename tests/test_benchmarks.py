@@ -14,7 +14,7 @@ from benchmarks.timing import Disagreement, angle, compare, kept_for_backward
 from inflora import lora
 from inflora.subspace import DualGPM
 
-SMALL = Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=2, run_turns=1, learned=(1,))
+SMALL = Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=2, run_turns=1, learned=(1,), ranks=(), widths=(), width_image_size=0)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def toy_backbone(monkeypatch):
 
 
 def small_bench() -> Bench:
-    return Bench(SMALL, backbone="toy", pretrained=False, device="cpu", precision="32")
+    return Bench(SMALL, backbone="vit_toy.test", pretrained=False, device="cpu", precision="32")
 
 
 # ---- the command ------------------------------------------------------------------------------------------------------------------
@@ -40,7 +40,20 @@ def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["plain_s"] / row["fast_s"])
         assert row["difference"] <= row["tolerance"]
     assert result["settings"]["backbone"] == "toy" and result["settings"]["precision"] == "32"
-    assert [line["tasks learned"] for line in result["growth"]] == [1, 2]
+    growth = {name: [line[name] for line in table] for name, table in result["growth"].items()}
+    assert growth == {"tasks learned": [1, 2], "rank": [2], "width": [192]}
+    assert 0 < result["limit"]["fraction"] < 1 and f"**{result['limit']['fraction']:.0%}**" in text
+
+
+def test_operations_of_a_step_are_those_counted_by_hand():
+    """Batch 4 of 16 patches and a class token, width 32, two blocks; frozen weights have a gradient towards their inputs only."""
+    tokens, dim, patches = 4 * 17, 32, 4 * 16
+    attention = 2 * 2 * 4 * 17 * 17 * dim
+    block = 2 * tokens * dim * 12 * dim + attention
+    branch = 2 * tokens * dim * 10  # the product with lora_A
+    forward = 2 * patches * 48 * dim + 2 * block + 2 * branch + 2 * 4 * dim * 2
+    found = small_bench().limit()["operations"]
+    assert forward * 1.3 < found < forward * 3
 
 
 def test_reference_stores_every_branch_and_the_package_only_heads_and_bases(tmp_path):
