@@ -198,6 +198,7 @@ def test_the_log_names_uneven_tasks_and_applied_files(tmp_path):
     assert summary_of(tmp_path)["applied_files"] == ["recipe/d_m"]
 
 
+@pytest.mark.slow  # test_methods.py takes each through its stages quickly, test_methods_slow.py through the command line
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs(method, tmp_path):
     found = run_toy(tmp_path, f"method={method}")
