@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,32 @@ def test_augment_gives_a_shifted_and_possibly_mirrored_view() -> None:
     assert 16 < int(mirrored.sum()) < 48
 
 
+def test_zoom_takes_a_part_of_the_image_of_the_allowed_size_and_shape() -> None:
+    position = (torch.arange(SIZE) + 0.5) / SIZE
+    rows, cols = torch.meshgrid(position, position, indexing="ij")
+    x = torch.stack([rows, cols, cols]).expand(256, 3, SIZE, SIZE)
+    views = pretrain.zoom(x, 0.5, torch.Generator().manual_seed(0))[:, :, 2:-2, 2:-2]  # away from the border, where nothing lies beyond
+    steps = torch.stack([views[:, 0].diff(dim=1).flatten(1), views[:, 1].diff(dim=2).flatten(1)]) * SIZE
+    torch.testing.assert_close(steps, steps[:, :, :1].expand_as(steps), rtol=0, atol=1e-4)  # straight, evenly spaced
+    height, width = steps[:, :, 0]
+    area, ratio = height * width, width / height
+    assert 0.499 < area.min() < 0.6 and 0.9 < area.max() <= 1.001
+    assert 0.74 < ratio.min() < 0.85 and 1.2 < ratio.max() < 1.34
+    assert views.min() >= 0 and views.max() <= 1
+
+
+def test_cutmix_puts_in_a_box_of_the_image_before_and_knows_its_share() -> None:
+    x = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, SIZE, SIZE)
+    shares = []
+    for seed in range(200):
+        mixed, share = pretrain.cutmix(x, torch.Generator().manual_seed(seed))
+        is_own = mixed == x
+        assert (is_own | (mixed == x.roll(1, 0))).all()
+        assert is_own.float().mean().item() == pytest.approx(share)
+        shares.append(share)
+    assert min(shares) < 0.3 and max(shares) > 0.95
+
+
 def test_an_epoch_sees_each_image_once() -> None:
     labels = torch.arange(12)
     images = pretrain.Images(torch.zeros(12, 3, SIZE, SIZE, dtype=torch.uint8), labels)
@@ -151,12 +178,16 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 
 def test_the_tighter_budget_sets_the_progress() -> None:
-    args = pretrain.parse(["train", "--data", "x", "--out", "y", "--epochs", "2", "--minutes", "1", "--no-compile"])
+    args = pretrain.parse(["train", "--data", "x", "--out", "y", "--epochs", "2", "--minutes", "1"])
     run = pretrain.Run(args, num_classes=2, steps_per_epoch=10)
     run.step, run.elapsed_s = 5, 30.0
     assert run.progress() == 0.5
     run.step = 15
     assert run.progress() == 0.75
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,13 +203,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(packed: Path, tmp_path: Pa
         patch.setattr(pretrain.Run, "train_step", interrupted)
         train(packed, tmp_path / "resumed", "--save-minutes", "0")
     assert checkpoint(tmp_path / "resumed")["step"] == 2
+    with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:  # an epoch after the last checkpoint, which will be trained again
+        file.write('{"step": 3}\n')
     train(packed, tmp_path / "resumed")
 
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed")
     assert whole["step"] == resumed["step"] == 4
     for part in ("model", "average"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
-    last = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    steps = [[line["step"] for line in lines(tmp_path / name)] for name in ("whole", "resumed")]
+    assert steps[0] == steps[1]
+    last = lines(tmp_path / "whole")[-1]
     assert last["final"] and last["val_images"] == VAL_PER_CLASS * len(CLASSES)
 
 

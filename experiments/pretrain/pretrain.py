@@ -167,18 +167,55 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return picked.permute(0, 3, 1, 2)
 
 
-def training_batch(images: Images, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def zoom(x: Tensor, smallest_area: float, generator: torch.Generator) -> Tensor:
+    """A random part of each image, of `smallest_area` to all of it and sides up to 4:3, resized to the whole. (B, 3, S, S) float."""
+    area, ratio, y, x_position = torch.rand(4, len(x), generator=generator)
+    area, ratio = smallest_area + (1 - smallest_area) * area, (4 / 3) ** (2 * ratio - 1)
+    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = width, (1 - width) * (2 * x_position - 1)
+    theta[:, 1, 1], theta[:, 1, 2] = height, (1 - height) * (2 * y - 1)
+    grid = F.affine_grid(send(theta, x.device), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def cutmix(x: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Put a box of the image before it into each image (Yun et al., ICCV 2019). Returns the images and the share of each that is its own.
+
+    The share is uniform before the box is cut at the border; `roll(1)` of the labels are those of the boxes.
+    """
+    size = x.shape[-1]
+    share, row, col = torch.rand(3, generator=generator).tolist()
+    half = math.sqrt(1 - share) / 2
+    top, bottom, left, right = (round(size * min(1, max(0, edge))) for edge in (row - half, row + half, col - half, col + half))
+    x = x.clone()
+    x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
+    return x, 1 - (bottom - top) * (right - left) / size**2
+
+
+def training_batch(
+    images: Images, step: int, batch_size: int, seed: int, smallest_area: float = 1.0, mix: float = 0.0
+) -> tuple[Tensor, Tensor, float]:
     """The augmented batch of one step, a function of `seed` and `step` alone, so that a resumed run sees the same images.
 
+    Args:
+        smallest_area: of the part of an image that `zoom` takes; 1: the image as it is.
+        mix: probability of `cutmix`.
+
     Returns:
-        float32 (B, 3, S, S) in [-1, 1] and labels (B,), on the device of `images`. Each epoch is a new permutation; its last, incomplete
-        batch is left out.
+        float32 (B, 3, S, S) in [-1, 1], labels (B,), on the device of `images`, and the share of each image that has its label. Each
+        epoch is a new permutation; its last, incomplete batch is left out.
     """
     epoch, position = divmod(step, len(images.labels) // batch_size)
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed * SEED_STRIDE + epoch))
     chosen = send(order[position * batch_size : (position + 1) * batch_size], images.pixels.device)
     noise = torch.Generator().manual_seed(seed * SEED_STRIDE + SEED_STRIDE // 2 + step)
-    return normalize(augment(images.pixels[chosen], noise)), images.labels[chosen]
+    x, share = normalize(augment(images.pixels[chosen], noise)), 1.0
+    if smallest_area < 1:
+        x = zoom(x, smallest_area, noise)
+    if torch.rand((), generator=noise) < mix:
+        x, share = cutmix(x, noise)
+    return x, images.labels[chosen], share
 
 
 # --- model and schedule ---------------------------------------------------------------------------------------------------------------
@@ -256,10 +293,12 @@ class Run:
             group["lr"] = args.lr * learning_rate_factor(progress, args.warmup)
         self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
         self.model.train()
-        x, y = training_batch(images, self.step, args.batch_size, args.seed)
+        x, y, share = training_batch(images, self.step, args.batch_size, args.seed, args.smallest_area, args.mix)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
             logits = self.forward(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+        if share < 1:
+            loss = share * loss + (1 - share) * F.cross_entropy(logits.float(), y.roll(1), label_smoothing=args.label_smoothing)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
         self.optimizer.step()
@@ -309,6 +348,12 @@ class Run:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
 
 
+def rewind(file: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that a stopped run wrote after its last checkpoint: they will be written again."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
 def validate(run: Run, images: Images, losses: list[Tensor], final: bool) -> None:
     """Append one line to metrics.jsonl; `losses` are those since the last line."""
     values = run.read(losses)
@@ -347,6 +392,7 @@ def train(args: argparse.Namespace) -> None:
     (args.out / "args.json").write_text(json.dumps(vars(args) | {"run_command": "train", "device": run.device.type}, default=str, indent=2))
     if checkpoint.exists():
         run.restore(checkpoint)
+    rewind(args.out / "metrics.jsonl", run.step)
     images, val = data.train.to(run.device), data.val.to(run.device)
     message = "%d training and %d validation images of %d classes, %d steps an epoch on %s; starting at step %d after %.0f s"
     log.info(message, num_train, len(val.labels), len(data.classes), run.steps_per_epoch, run.device.type, run.step, run.elapsed_s)
@@ -424,16 +470,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t.add_argument("--batch-size", type=int, default=256, help="images a step")
     t.add_argument("--optimizer", default="nmuon", help="a timm optimizer; nmuon: Muon with Nesterov for matrices, AdamW for the rest")
     t.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    t.add_argument("--weight-decay", type=float, default=0.05, help="decoupled")
+    t.add_argument("--weight-decay", type=float, default=0.1, help="decoupled")
     t.add_argument("--warmup", type=float, default=0.04, help="fraction of the budget")
     t.add_argument("--label-smoothing", type=float, default=0.1, help="probability spread over all classes")
     t.add_argument("--patch-drop", type=float, default=0.5, help="fraction of the patches left out in the first part of the run")
     t.add_argument("--patch-drop-until", type=float, default=0.8, help="length of that part, as a fraction of the budget")
+    t.add_argument("--smallest-area", type=float, default=0.5, help="of the part of an image that is zoomed to the whole")
+    t.add_argument("--mix", type=float, default=0.3, help="probability of CutMix, for a batch")
     t.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     t.add_argument("--ema-decay", type=float, default=0.99, help="of the averaged weights, per step")
     t.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, else MPS, else the CPU")
     t.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
+    t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: pays on a GPU, not on a CPU")
     t.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
     t.add_argument("--val-stride", type=int, default=5, help="each epoch validates on every n-th image, the end on all")
     t.add_argument("--log-steps", type=int, default=50, help="steps between two log lines")
