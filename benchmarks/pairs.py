@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import reference
 from benchmarks.timing import Row, angle, compare, kept_for_backward, largest, relative, timed
 from inflora import lora
-from inflora.backbone import build_backbone
+from inflora.backbone import build_backbone, write_out_attention
 from inflora.data.cache import FixedImages
 from inflora.data.datasets import ImageSet, Splits, digits
 from inflora.data.tasks import Loading, Task, TaskSequence
@@ -95,6 +95,7 @@ class Bench:
         image_size: int | None = None,
     ) -> None:
         self.sizes, self.rank = sizes, rank
+        self.writes_out_attention = device == "cpu" and precision != "32"  # as a run does
         self.tolerance, self.accuracy_tolerance = (1e-4, 0.02) if precision == "32" else (3e-2, 0.1)
         self.fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
         torch.manual_seed(SEED)
@@ -285,7 +286,10 @@ class Bench:
 
     def _method(self) -> InfLoRA:
         options = {**THRESHOLDS, "energy": "gram", "decomposition": "PC", "lora_A_scale": SCALE, "dual": True}
-        return InfLoRA(copy.deepcopy(self.vit), rank=self.rank, blocks=None, **options).eval()
+        vit = copy.deepcopy(self.vit)
+        if self.writes_out_attention:
+            write_out_attention(vit)
+        return InfLoRA(vit, rank=self.rank, blocks=None, **options).eval()
 
     def _plain(self, num_tasks: int) -> reference.PlainInfLoRA:
         return reference.PlainInfLoRA(self.vit, rank=self.rank, scale=SCALE, num_tasks=num_tasks, **THRESHOLDS)
