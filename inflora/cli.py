@@ -133,7 +133,12 @@ class Job:
                 raise
             is_systems = isinstance(error, OSError) and error.errno is not None  # a few words and a file, without what to do
             _say_fault(f"the system refuses: {error}; put that right and run the same command again" if is_systems else str(error))
-            raise JobFailed from None
+        else:
+            return
+        # Out of the handler, so that the error and what its frames hold, locks among it, do not live on as the context of another.
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise JobFailed  # the other jobs still have their turn
+        sys.exit(EXIT_FAULT)
 
 
 def applied_files(hydra_config: Any) -> Iterator[str]:
