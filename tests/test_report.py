@@ -341,7 +341,7 @@ def test_markdown_has_the_table_and_its_figures(written: Path, sweep: Path):
     last = [summary["last_accuracy"] for summary in summaries(sweep, "inflora")]
     row = next(line for line in text.splitlines() if line.startswith("| inflora | 3 |"))
     assert f"| {np.mean(last):.2f} ± {np.std(last, ddof=1):.2f} |" in row
-    assert row.endswith("| 12.3 k | 47 k | 25.0 s |")
+    assert row.endswith("| 12.3 k | 47 k | 100 MB | 25.0 s |")
     joint = next(line for line in text.splitlines() if line.startswith("| joint | 2 |"))
     assert joint.count("| – ") == 3  # average, forgetting, backward transfer
     assert "seed=3 is unfinished (no summary.json): left out." in text
@@ -451,8 +451,8 @@ def test_latex_table_is_booktabs_with_escaped_names(written: Path):
     assert r"$\pm$" in text
     assert "_" not in text.replace(r"\_", "")
     assert text.isascii()
-    assert r"\begin{tabular}{lrrrrrrrrrr}" in lines
-    assert {line.count("&") for line in lines if line.endswith(r" \\")} == {10}
+    assert r"\begin{tabular}{lrrrrrrrrrrr}" in lines
+    assert {line.count("&") for line in lines if line.endswith(r" \\")} == {11}
 
 
 def test_svg_follows_the_text_and_repeats_exactly(sweep: Path, written: Path, tmp_path: Path):
