@@ -3,7 +3,7 @@
 import copy
 import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,19 +184,11 @@ class Bench:
         """One batch of ready tensors. Both sides train on from turn to turn, so that whole trajectories are compared."""
         method, plain = self._twins(self.last.index if learned is None else learned, is_training=True)
         fast_batches, plain_batches = (itertools.cycle(self._batches_for(method)) for _ in range(2))
-        trainer, meter = self._trainer(Path()), Meter(None, self.last, 0)
-        fast_optimizer = self.fabric.setup_optimizers(torch.optim.Adam(trainable_groups(method, trainer.rates)))
+        step = self._stepper(method)
         plain_optimizer = torch.optim.Adam(plain.trained(), lr=LR)
-
-        def fast() -> Meter:
-            x, y = next(fast_batches)
-            method.sample_ids = torch.arange(len(x))
-            trainer._step(method, fast_optimizer, x, y, len(x), meter)
-            return meter
-
         return compare(
             "training step",
-            fast,
+            lambda: step(*next(fast_batches)),
             lambda: reference.step(plain, plain_optimizer, *next(plain_batches)),
             turns=self.sizes.turns,
             measure="relative difference of a loss",
@@ -240,24 +232,26 @@ class Bench:
     def limit(self) -> dict[str, float]:
         """How near a training step is to the machine's limit: its operations, against those of large products in the same precision.
 
-        Operations are those of matrix products, as torch counts them; the skinny product with `lora_B`, in place, is not among them.
+        Operations are those of matrix products, as torch counts them with attention written out, which it cannot count in a fused kernel;
+        the skinny product with `lora_B`, in place, is not among them.
         """
         method, _ = self._twins(self.last.index, is_training=True)
         x, y = self._batches_for(method)[0]
-        trainer, meter = self._trainer(Path()), Meter(None, self.last, 0)
-        optimizer = self.fabric.setup_optimizers(torch.optim.Adam(trainable_groups(method, trainer.rates)))
-        method.sample_ids = torch.arange(len(x))
+        counted = copy.deepcopy(method)
+        write_out_attention(counted.backbone)
+        step = self._stepper(counted)
         with FlopCounterMode(display=False) as counter:
-            trainer._step(method, optimizer, x, y, len(x), meter)
+            step(x, y)
         operations = counter.get_total_flops()
-        size = PRODUCT_SIZE[self.fabric.device.type]
-        with self.fabric.autocast():  # which computes no product of the types it leaves alone, hence by way of a layer
-            kind = torch.nn.functional.linear(x.new_ones(1, 1), x.new_ones(1, 1)).dtype
-        left, right = torch.randn(2, size, size, device=self.fabric.device).to(kind)
+        size, device = PRODUCT_SIZE[self.fabric.device.type], self.fabric.device.type
+        with self.fabric.autocast():
+            kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        left, right = torch.randn(2, size, size, device=device, dtype=torch.float32).to(kind)
+        step = self._stepper(method)
         product_s, step_s = [], []
         for _ in range(self.sizes.turns + 1):  # the first turn warms up
             product_s.append(timed(lambda: left @ right)[0])
-            step_s.append(timed(lambda: trainer._step(method, optimizer, x, y, len(x), meter))[0])
+            step_s.append(timed(lambda: step(x, y))[0])
         rate, step_rate = 2 * size**3 / median(product_s[1:]), operations / median(step_s[1:])
         return {"operations": operations, "step_rate": step_rate, "product_rate": rate, "fraction": step_rate / rate}
 
@@ -333,6 +327,18 @@ class Bench:
         shift = method.num_old_classes - self.last.num_old_classes
         return [(x, y + shift) for x, y in self.last.batches("train", stream="fit")]
 
+    def _stepper(self, method: InfLoRA) -> Callable[[Tensor, Tensor], Meter]:
+        """What takes one training step of the method on a batch; its meter keeps the losses."""
+        trainer, meter = self._trainer(Path()), Meter(None, self.last, 0)
+        optimizer = self.fabric.setup_optimizers(torch.optim.Adam(trainable_groups(method, trainer.rates)))
+
+        def step(x: Tensor, y: Tensor) -> Meter:
+            method.sample_ids = torch.arange(len(x))
+            trainer._step(method, optimizer, x, y, len(x), meter)
+            return meter
+
+        return step
+
     def _trainer(self, folder: Path, *trackers: Tracker) -> Trainer:
         return Trainer(
             self.fabric,
@@ -342,6 +348,7 @@ class Bench:
             head_lr=LR,
             schedule=partial(cosine99, lag=1),
             grad_clip=None,
+            grad_accumulation=1,
             seed=SEED,
             folder=folder,
             records=Records(len(self.sequence)),

@@ -148,7 +148,7 @@ def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
         settings: its keys, with `_target_`.
 
     Raises:
-        ConfigurationError: one sentence for each value that does not fit.
+        ConfigurationError: one sentence for each setting that is not known, and for each value that does not fit.
     """
     try:
         target = get_object(settings["_target_"])
@@ -158,12 +158,11 @@ def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
     except NameError:  # names that exist for type checkers only
         return
-    if unknown := _unknown_arguments(target, settings):
-        faults = (f"{group}.{key} is no setting of {settings['_target_']}; remove it with ~{group}.{key}" for key in unknown)
-        raise ConfigurationError("\n".join(faults))
+    unknown = _unknown_arguments(target, settings)
     wrong = [key for key, value in settings.items() if key in hints and not _fits(value, hints[key])]
-    if wrong:
-        faults = (f"{group}.{key}={settings[key]} does not fit; it must be {_in_words(hints[key])}" for key in wrong)
+    faults = [f"{group}.{key} is no setting of {settings['_target_']}; remove it with ~{group}.{key}" for key in unknown]
+    faults += [f"{group}.{key}={settings[key]} does not fit; it must be {_in_words(hints[key])}" for key in wrong]
+    if faults:
         raise ConfigurationError("\n".join(faults))
 
 

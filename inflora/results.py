@@ -158,7 +158,7 @@ def peak_memory_bytes(device: torch.device) -> int:
         if found:
             return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # others count kilobytes
 
 
 def device_name(device: torch.device) -> str:

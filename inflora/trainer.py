@@ -52,7 +52,8 @@ class Trainer:
         head_lr: rate of the groups with role "head".
         schedule: (epoch, epochs) -> factor on both rates.
         grad_clip: largest 2-norm of the gradient over all trained parameters; None: no clipping.
-        grad_accumulation: parts that a batch is computed in, one after the other, to need less memory; the step is that of the whole batch.
+        grad_accumulation: parts that a batch is computed in, one after the other, to need less memory; the step is that of the whole batch,
+            but a loss that compares the images of a batch sees those of a part only.
         seed: the run's seed.
         folder: the run folder: a checkpoint after every epoch and task, and the matrices.
         records: filled in as the run goes.
@@ -70,7 +71,7 @@ class Trainer:
         head_lr: float,
         schedule: Callable[[int, int], float],
         grad_clip: float | None,
-        grad_accumulation: int = 1,
+        grad_accumulation: int,
         seed: int,
         folder: Path,
         records: Records,
@@ -203,6 +204,7 @@ class Trainer:
                 try:
                     loss = next(part_losses)
                 except StopIteration:
+                    method.sample_ids = ids
                     return
                 if loss is not None:
                     self._backward(loss, len(images[part]) / global_size)

@@ -46,14 +46,15 @@ def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
 
 
 def test_operations_of_a_step_are_those_counted_by_hand():
-    """Batch 4 of 16 patches and a class token, width 32, two blocks; frozen weights have a gradient towards their inputs only."""
-    tokens, dim, patches = 4 * 17, 32, 4 * 16
-    attention = 2 * 2 * 4 * 17 * 17 * dim
-    block = 2 * tokens * dim * 12 * dim + attention
-    branch = 2 * tokens * dim * 10  # the product with lora_A
-    forward = 2 * patches * 48 * dim + 2 * block + 2 * branch + 2 * 4 * dim * 2
-    found = small_bench().limit()["operations"]
-    assert forward * 1.3 < found < forward * 3
+    """Batch 4 of 16 patches and a class token, width 32, two blocks of 12 width^2 weights; 2 operations per weight and token."""
+    tokens, dim, rank, patches = 4 * 17, 32, 10, 4 * 16
+    weights = 2 * tokens * dim * dim
+    attention = 2 * 2 * 4 * 17 * 17 * dim  # two products; each has two in the backward pass
+    lora_A, lora_B, head = 2 * tokens * dim * rank, 2 * tokens * 3 * dim * rank, 2 * 4 * dim * 2
+    forward = 2 * patches * 48 * dim + 2 * (12 * weights + attention + lora_A) + head
+    # Towards the inputs of frozen weights, of the first block's qkv excepted; lora_B's own gradient, and in the second block through it.
+    backward = (12 + 9) * weights + 2 * 2 * attention + 2 * lora_B + (lora_B + lora_A) + 2 * head
+    assert small_bench().limit()["operations"] == forward + backward
 
 
 def test_reference_stores_every_branch_and_the_package_only_heads_and_bases(tmp_path):

@@ -102,6 +102,34 @@ def test_the_size_of_test_batches_changes_no_number(method, cli, tmp_path):
 
 @here
 @every_method
+def test_batches_come_in_parts(method, cli, tmp_path):
+    """Losses that compare the images of a batch, and dropout, see parts: the numbers may be others, but every step is the whole batch's."""
+    steps = {}
+    for parts in (1, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            steps[parts] = count_steps(patch)
+            finish(cli, tmp_path / str(parts), *toy_arguments(method), f"trainer.grad_accumulation={parts}")
+        assert all(value.isfinite().all() for value in weights(tmp_path / str(parts)).values())
+    assert steps[3] == steps[1]
+
+
+def count_steps(patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of images of every training step."""
+    steps: list[int] = []
+    original = Trainer._step
+
+    def step(self: Trainer, method: Any, optimizer: Any, x: torch.Tensor, *others: Any) -> bool:
+        steps.append(len(x))
+        stop = original(self, method, optimizer, x, *others)
+        assert len(method.sample_ids) == len(x)
+        return stop
+
+    patch.setattr(Trainer, "_step", step)
+    return steps
+
+
+@here
+@every_method
 def test_half_precision(method, cli, tmp_path):
     found = finish(cli, tmp_path, *toy_arguments(method), "trainer.precision=bf16")
     assert 0 <= found["last_accuracy"] <= 100

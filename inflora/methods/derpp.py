@@ -74,7 +74,7 @@ class DERpp(ReplayMethod):
         scores = self.heads(self.features(torch.cat([x, *(replayed for replayed, _ in draws)])))
         new, *old = scores.split(len(x))
         self.observe(new, y)
-        self._scores = new.detach()
+        self._scores = new.detach() if self._scores is None else torch.cat([self._scores, new.detach()])  # a batch may come in parts
         loss = F.cross_entropy(new, y)
         if not draws:
             return loss
