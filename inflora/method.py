@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from inflora.classifier import TaskHeads
 from inflora.data.tasks import Task
+from inflora.parts.dropout import SampleDropout
 
 
 class Method(nn.Module):
@@ -50,7 +51,6 @@ class Method(nn.Module):
     """`"joint"` for a method that needs the data of all tasks at once: the sequence then offers one stage with every class."""
 
     task: Task
-    sample_ids: Tensor
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -128,6 +128,19 @@ class Method(nn.Module):
         """Undo `extra_state`; modules that were added since construction must exist with the right shapes when this returns."""
 
     # ---- what most methods use ----
+
+    @property
+    def sample_ids(self) -> Tensor:
+        return self._sample_ids
+
+    @sample_ids.setter
+    def sample_ids(self, ids: Tensor) -> None:
+        self._sample_ids = ids
+        dropouts = [module for module in self.modules() if isinstance(module, SampleDropout)]
+        if dropouts:
+            ids = ids.to(self.device)
+        for dropout in dropouts:
+            dropout.sample_ids = ids
 
     @property
     def device(self) -> torch.device:

@@ -44,11 +44,11 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the mask makes it logical
 
 
-def uniform(key: int, sample_ids: Tensor, count: int) -> Tensor:
+def uniform(key: int | Tensor, sample_ids: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1) that depend only on (key, sample id, position).
 
     Args:
-        key: a `stream_seed`.
+        key: a `stream_seed`, or a 0-dimensional int64 tensor on the CPU.
         sample_ids: (B,) integer ids of the samples, on any device.
         count: numbers per sample.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inflora.lora import chosen_blocks
+from inflora.parts.dropout import SampleDropout
 
 # ---- adapters ----------------------------------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.down = nn.Linear(dim, bottleneck)
         self.up = nn.Linear(bottleneck, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = SampleDropout(dropout)
         self.scale = scale
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
