@@ -150,18 +150,6 @@ def test_zoom_takes_a_part_of_the_image_of_the_allowed_size_and_shape() -> None:
     assert views.min() >= 0 and views.max() <= 1
 
 
-def test_cutmix_puts_in_a_box_of_the_image_before_and_knows_its_share() -> None:
-    x = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, SIZE, SIZE)
-    shares = []
-    for seed in range(200):
-        mixed, share = pretrain.cutmix(x, torch.Generator().manual_seed(seed))
-        is_own = mixed == x
-        assert (is_own | (mixed == x.roll(1, 0))).all()
-        assert is_own.float().mean().item() == pytest.approx(share)
-        shares.append(share)
-    assert min(shares) < 0.3 and max(shares) > 0.95
-
-
 def test_an_epoch_sees_each_image_once() -> None:
     labels = torch.arange(12)
     images = pretrain.Images(torch.zeros(12, 3, SIZE, SIZE, dtype=torch.uint8), labels)
@@ -190,8 +178,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(packed, tmp_path / "whole")
+@pytest.mark.parametrize("options", [(), ("--mix", "1", "--smallest-area", "0.5")], ids=["plain", "strong"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    train(packed, tmp_path / "whole", *options)
     step = pretrain.Run.train_step
 
     def interrupted(run, images):
@@ -201,11 +192,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(packed: Path, tmp_path: Pa
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain.Run, "train_step", interrupted)
-        train(packed, tmp_path / "resumed", "--save-minutes", "0")
+        train(packed, tmp_path / "resumed", "--save-minutes", "0", *options)
     assert checkpoint(tmp_path / "resumed")["step"] == 2
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:  # an epoch after the last checkpoint, which will be trained again
         file.write('{"step": 3}\n')
-    train(packed, tmp_path / "resumed")
+    train(packed, tmp_path / "resumed", *options)
 
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed")
     assert whole["step"] == resumed["step"] == 4

@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torchvision.transforms.v2 import CutMix, RandomApply
 
 log = logging.getLogger("pretrain")
 
@@ -179,43 +180,24 @@ def zoom(x: Tensor, smallest_area: float, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def cutmix(x: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Put a box of the image before it into each image (Yun et al., ICCV 2019). Returns the images and the share of each that is its own.
-
-    The share is uniform before the box is cut at the border; `roll(1)` of the labels are those of the boxes.
-    """
-    size = x.shape[-1]
-    share, row, col = torch.rand(3, generator=generator).tolist()
-    half = math.sqrt(1 - share) / 2
-    top, bottom, left, right = (round(size * min(1, max(0, edge))) for edge in (row - half, row + half, col - half, col + half))
-    x = x.clone()
-    x[:, :, top:bottom, left:right] = x.roll(1, 0)[:, :, top:bottom, left:right]
-    return x, 1 - (bottom - top) * (right - left) / size**2
-
-
-def training_batch(
-    images: Images, step: int, batch_size: int, seed: int, smallest_area: float = 1.0, mix: float = 0.0
-) -> tuple[Tensor, Tensor, float]:
+def training_batch(images: Images, step: int, batch_size: int, seed: int, smallest_area: float = 1.0) -> tuple[Tensor, Tensor]:
     """The augmented batch of one step, a function of `seed` and `step` alone, so that a resumed run sees the same images.
 
     Args:
         smallest_area: of the part of an image that `zoom` takes; 1: the image as it is.
-        mix: probability of `cutmix`.
 
     Returns:
-        float32 (B, 3, S, S) in [-1, 1], labels (B,), on the device of `images`, and the share of each image that has its label. Each
-        epoch is a new permutation; its last, incomplete batch is left out.
+        float32 (B, 3, S, S) in [-1, 1] and labels (B,), on the device of `images`. Each epoch is a new permutation; its last, incomplete
+        batch is left out.
     """
     epoch, position = divmod(step, len(images.labels) // batch_size)
     order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(seed * SEED_STRIDE + epoch))
     chosen = send(order[position * batch_size : (position + 1) * batch_size], images.pixels.device)
     noise = torch.Generator().manual_seed(seed * SEED_STRIDE + SEED_STRIDE // 2 + step)
-    x, share = normalize(augment(images.pixels[chosen], noise)), 1.0
+    x = normalize(augment(images.pixels[chosen], noise))
     if smallest_area < 1:
         x = zoom(x, smallest_area, noise)
-    if torch.rand((), generator=noise) < mix:
-        x, share = cutmix(x, noise)
-    return x, images.labels[chosen], share
+    return x, images.labels[chosen]
 
 
 # --- model and schedule ---------------------------------------------------------------------------------------------------------------
@@ -275,6 +257,7 @@ class Run:
             for block in self.model.blocks:
                 block.attn.fused_attn = False
         self.average = copy.deepcopy(self.model)
+        self.mix = RandomApply([CutMix(num_classes=num_classes)], p=args.mix)
         self.forward = torch.compile(self.model) if args.compile else self.model
         self.optimizer = create_optimizer_v2(self.model, opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.98))
         self.step = 0
@@ -293,12 +276,13 @@ class Run:
             group["lr"] = args.lr * learning_rate_factor(progress, args.warmup)
         self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
         self.model.train()
-        x, y, share = training_batch(images, self.step, args.batch_size, args.seed, args.smallest_area, args.mix)
+        x, y = training_batch(images, self.step, args.batch_size, args.seed, args.smallest_area)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(args.seed * SEED_STRIDE + self.step)
+            x, y = self.mix(x, y)  # where it mixes, y becomes (B, num_classes), the share of each class
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
             logits = self.forward(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
-        if share < 1:
-            loss = share * loss + (1 - share) * F.cross_entropy(logits.float(), y.roll(1), label_smoothing=args.label_smoothing)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
         self.optimizer.step()
