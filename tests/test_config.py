@@ -17,6 +17,7 @@ from inflora.backbone import _check_name
 from inflora.config import ConfigurationError, check
 from inflora.data.tasks import parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
+from inflora.run import RESULT_FREE
 
 CONF = ROOT / "conf"
 
@@ -254,3 +255,8 @@ def test_arguments_are_compared_with_their_types():
     config.check_arguments("scheduler", {"_target_": "test_config.plugin", "hint_of_checkers_only": 3})
     with pytest.raises(ConfigurationError, match=r"method._target_=inflora.methods.infllora.X cannot be imported: "):
         config.check_arguments("method", {"_target_": "inflora.methods.infllora.X"})
+
+
+def test_folders_of_a_sweep_are_named_by_what_changes_results():
+    (found,) = re.findall(r"exclude_keys:\n((?: +- .+\n)+)", (CONF / "config.yaml").read_text(encoding="utf-8"))
+    assert set(yaml.safe_load(found)) == RESULT_FREE
