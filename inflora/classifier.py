@@ -48,6 +48,16 @@ class TaskHeads(nn.Module):
         for size in sizes[len(self) :]:
             self.grow(size, device)
 
+    def local(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What a loss over the newest head's classes compares: its scores (B, size), and the labels (B,) counted within it.
+
+        With a single class that loss is identically zero and nothing would train, so from the second head on such a head's loss is one
+        over all classes.
+        """
+        if len(self) > 1 and self.current.out_features == 1:
+            return self(features), y
+        return self.current(features), y - (self.num_classes - self.current.out_features)
+
     def forward(self, features: Tensor) -> Tensor:
         """Scores of all seen classes: (B, embed_dim) -> (B, num_classes)."""
         return torch.cat([head(features) for head in self.heads], dim=1)

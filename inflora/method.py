@@ -158,14 +158,11 @@ class Method(nn.Module):
     def local_cross_entropy(self, features: Tensor, y: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Cross-entropy over the current stage's classes only, of scores divided by `temperature`: old heads take no part.
 
-        With a single class that loss is identically zero and nothing would train, so from the second stage on such a stage uses the
-        softmax over all seen classes; the old heads stay frozen.
+        A later stage of a single class uses the softmax over all seen classes (`TaskHeads.local`); the old heads stay frozen.
         """
-        if self.num_old_classes and self.heads.current.out_features == 1:
-            return self.global_cross_entropy(features, y, temperature=temperature)
-        scores = self.heads.current(features)
-        self.observe(scores, y - self.num_old_classes)
-        return F.cross_entropy(scores / temperature, y - self.num_old_classes)
+        scores, labels = self.heads.local(features, y)
+        self.observe(scores, labels)
+        return F.cross_entropy(scores / temperature, labels)
 
     def global_cross_entropy(self, features: Tensor, y: Tensor, *, temperature: float = 1.0) -> Tensor:
         """Cross-entropy over all seen classes, of scores divided by `temperature`."""

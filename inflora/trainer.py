@@ -26,7 +26,7 @@ from inflora.method import Method
 from inflora.metrics import TestCounter
 from inflora.parts.collective import failing_together, sum_over_processes
 from inflora.progress import Display
-from inflora.results import Records, stored_parameters
+from inflora.results import Records, peak_memory_bytes, stored_parameters
 from inflora.seeding import seed_everything
 from inflora.trackers import Trackers, write_matrix
 
@@ -273,6 +273,7 @@ class Trainer:
             "interference": self.probe.after(method.backbone, older_tasks),
             "wall_seconds": self.records.timings(),
             "stored_parameters": stored_parameters(method),
+            "peak_memory_bytes": peak_memory_bytes(method.device),
             **method.diagnostics(),
         }
         with failing_together():

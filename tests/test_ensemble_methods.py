@@ -13,9 +13,10 @@ from torch import Tensor
 from inflora import lora
 from inflora.methods.cl_lora import CLLoRA, orthonormal_rows
 from inflora.methods.lae import LAE
-from inflora.methods.mos import MOS, contrast, retrieve
+from inflora.methods.mos import MOS, retrieve
 from inflora.methods.tuna import TUNA, UNIVERSAL, fused, surest
 from inflora.parts import adapters
+from inflora.parts.contrast import contrastive
 from inflora.trainer import trainable_groups
 
 # ---- LAE ---------------------------------------------------------------------------------------------------------------------------
@@ -525,16 +526,16 @@ def test_mos_merges_the_older_adapters_in_after_every_step():
     learn(method, tasks[:2], epochs=2)
     Fit(method, tasks[2]).begin()
     optimizer = torch.optim.SGD(trainable_groups(method, {"branch": 0.1, "head": 0.1}))
-    older = [(a + b).detach() / 2 for a, b in zip(method.parameters_of(0), method.parameters_of(1), strict=True)]
-    assert all(torch.equal(a, b) for a, b in zip(method.parameters_of(2), method.parameters_of(1), strict=True)), "starts as the last"
+    older = [(a + b).detach() / 2 for a, b in zip(method.set_parameters(0), method.set_parameters(1), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(method.set_parameters(2), method.set_parameters(1), strict=True)), "starts as the last"
     x, y = some_batch(tasks[2])
     for _ in range(2):
         optimizer.zero_grad()
         method.loss(x, y).backward()
-        expected = [0.9 * (p - 0.1 * p.grad) + 0.1 * mean for p, mean in zip(method.parameters_of(2), older, strict=True)]  # type: ignore[operator]
+        expected = [0.9 * (p - 0.1 * p.grad) + 0.1 * mean for p, mean in zip(method.set_parameters(2), older, strict=True)]  # type: ignore[operator]
         optimizer.step()
         method.after_step()
-        for found, value in zip(method.parameters_of(2), expected, strict=True):
+        for found, value in zip(method.set_parameters(2), expected, strict=True):
             torch.testing.assert_close(found, value, rtol=0, atol=1e-6)
     method.load_state_dict(copy.deepcopy(method.state_dict()))
     assert all(torch.allclose(a, b) for a, b in zip(method.older_mean, older, strict=True)), "also in a run that goes on"
@@ -543,9 +544,9 @@ def test_mos_merges_the_older_adapters_in_after_every_step():
 def test_mos_merges_nothing_in_the_first_task():
     method = mos()
     Fit(method, toy.sequence()[0]).begin().train()
-    before = [value.detach().clone() for value in method.parameters_of(0)]
+    before = [value.detach().clone() for value in method.set_parameters(0)]
     method.after_step()
-    assert all(torch.equal(a, b) for a, b in zip(before, method.parameters_of(0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, method.set_parameters(0), strict=True))
 
 
 def slow_retrieval(scores: Tensor, start: int, task_of: list[int], steps: int) -> Tensor:
@@ -599,7 +600,7 @@ def test_mos_contrast_tells_features_and_old_means_apart():
     features, means = torch.randn(5, 8), torch.randn(3, 8)
     rows = [*means, *features]
     expected = [(torch.stack([row @ other for other in rows]) / 0.8).logsumexp(0) - row @ row / 0.8 for row in rows]
-    torch.testing.assert_close(contrast(features, means), torch.stack(expected).mean())
+    torch.testing.assert_close(contrastive(features, means), torch.stack(expected).mean())
 
     method = mos(contrast=2.0)
     tasks = toy.sequence()
@@ -608,7 +609,7 @@ def test_mos_contrast_tells_features_and_old_means_apart():
     x, y = some_batch(tasks[1])
     features = method.features(x)
     plain = F.cross_entropy(method.heads.current(features), y - 2)
-    torch.testing.assert_close(method.loss(x, y), plain + 2 * contrast(features, method.alignment.statistics.means))
+    torch.testing.assert_close(method.loss(x, y), plain + 2 * contrastive(features, method.alignment.statistics.means))
 
 
 @pytest.mark.parametrize(

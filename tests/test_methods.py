@@ -1,6 +1,7 @@
 """One contract, every method: each yaml in conf/method is built on a toy backbone and taken through a few tiny tasks."""
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +51,9 @@ def test_every_yaml_says_what_it_is(case):
     method = build(case)
     assert isinstance(method, Method)
     assert type(method).__module__.startswith("inflora.methods.")
-    assert len(type(method).__doc__ or "") > 100
+    about = f"{inspect.getmodule(type(method)).__doc__} {type(method).__doc__}"
+    assert re.search(r"\b[Tt]rains\b", about) and re.search(r"\b[Ss]tores\b", about), "what trains, and what is stored"
+    assert re.search(r"arXiv|Source", about) and re.search(r"[Cc]ode|Source", about), "where it comes from"
 
 
 def test_the_declared_parameters_train_and_no_other(case):

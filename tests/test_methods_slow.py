@@ -178,6 +178,18 @@ def test_two_processes_do_what_one_does(method, cli, tmp_path):
     assert_close(tmp_path / "two", tmp_path / "one")
 
 
+# ---- real, if small, runs ----------------------------------------------------------------------------------------------------------
+
+
+@here
+@every_method
+def test_ten_tasks_of_digits_take_less_than_two_minutes(method, cli, tmp_path):
+    arguments = ["dataset=digits_5task", "dataset.num_tasks=10", "trainer.epochs=1", "trainer.device=cpu", "trainer.progress=false"]
+    found = finish(cli, tmp_path, f"method={method}", *arguments)
+    assert num_rows(tmp_path) == (1 if method == "joint" else 10)
+    assert found["wall_seconds"]["total"] < 120
+
+
 # ---- a sweep over all --------------------------------------------------------------------------------------------------------------
 
 

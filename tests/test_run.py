@@ -92,6 +92,11 @@ def test_events(finished):
         assert len(task["protected_dimensions"]) == 2
         shape = None if number == 0 else (number, 2)
         assert (None if task["interference"] is None else np.shape(task["interference"])) == shape
+        assert task["peak_memory_bytes"] > 0
+    tasks, end = read_events(finished, "task"), summary_of(finished)
+    assert tasks[-1]["stored_parameters"] == end["stored_parameters"] > tasks[0]["stored_parameters"] > 0
+    elapsed = [task["wall_seconds"]["total"] for task in tasks]  # since the run began
+    assert 0 < elapsed[0] < elapsed[1] < elapsed[2] <= end["wall_seconds"]["total"]
     assert {**events[-1], **summary_of(finished)} == events[-1]
 
 

@@ -18,7 +18,8 @@ class APER(FirstTaskMethod):
     away and the backbone never changes again. Prototypes are class means of both class tokens, concatenated; a score is the cosine with the
     whole vector, so the backbone with the longer features weighs more.
 
-    Official code: github.com/zhoudw-zdw/RevisitingCIL, also in LAMDA-PILOT. Loss: cross-entropy over the classes of the first task, which
+    Official code: github.com/zhoudw-zdw/RevisitingCIL, also in LAMDA-PILOT, which starts from weights fine-tuned on ImageNet-1k and trains
+    some variants for other epochs; here the backbone is what `backbone` says. Loss: cross-entropy over the classes of the first task, which
     with a single class is zero: the module then stays as it started.
 
     Trains, on the first task only (D = embed_dim, L blocks): adapter L * (2 * D * bottleneck + bottleneck + D), ssf L * 22 * D + 4 * D with

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from inflora.classifier import ClassCounts
 from inflora.data.tasks import Task
-from inflora.method import Method
 from inflora.parts import adapters
+from inflora.parts.adapter_sets import AdapterSetMethod
 from inflora.parts.class_statistics import GrowingBuffers
 from inflora.parts.prototypes import CosineClassifier, class_means, cosine
 
 
-class EASE(Method):
+class EASE(AdapterSetMethod):
     """One set of adapters per task, each a subspace of its own; class means in all of them classify.
 
     A fresh set trains on every task with a temporary cosine classifier. The means of the new classes are taken in all subspaces so far; the
@@ -42,11 +42,9 @@ class EASE(Method):
     """
 
     def __init__(self, backbone: Any, *, bottleneck: int, adapter_scale: float, dropout: float, alpha: float) -> None:
-        super().__init__(backbone)
-        adapters.check_adapters(backbone, bottleneck=bottleneck, dropout=dropout)
+        super().__init__(backbone, bottleneck=bottleneck, adapter_scale=adapter_scale, dropout=dropout)
         if alpha < 0:
             raise ValueError(f"method.alpha={alpha} is negative; choose 0 (its own subspace alone) or more")
-        self.adapter = {"bottleneck": bottleneck, "scale": adapter_scale, "dropout": dropout}
         self.alpha = alpha
         self.heads = ClassCounts(self.heads.embed_dim)
         self.classifier: CosineClassifier | None = None
@@ -54,7 +52,7 @@ class EASE(Method):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        adapters.inject(self.backbone, **self.adapter)
+        self.add_set()
         self.classifier = self._make_classifier()
 
     def _make_classifier(self) -> CosineClassifier:
@@ -62,11 +60,7 @@ class EASE(Method):
 
     def param_groups(self) -> list[dict[str, Any]]:
         assert self.classifier is not None
-        newest = adapters.adapter_set(self.backbone, adapters.num_sets(self.backbone) - 1)
-        return [
-            {"params": [parameter for adapter in newest for parameter in adapter.parameters()], "role": "branch"},
-            {"params": list(self.classifier.parameters()), "role": "head"},
-        ]
+        return self.branch_and_head(self.classifier)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         assert self.classifier is not None
@@ -101,12 +95,10 @@ class EASE(Method):
         return sum(scores * torch.where(own == j, 1.0, others) for j, scores in enumerate(cosines))  # type: ignore[return-value]
 
     def extra_state(self) -> dict[str, Any]:
-        return {"num_sets": adapters.num_sets(self.backbone), "has_classifier": self.classifier is not None}
+        return {**super().extra_state(), "has_classifier": self.classifier is not None}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        adapters.remove(self.backbone)
-        for _ in range(state["num_sets"]):
-            adapters.inject(self.backbone, **self.adapter)
+        super().load_extra_state(state)
         self.classifier = self._make_classifier() if state["has_classifier"] else None
 
 

@@ -12,6 +12,7 @@ from inflora.data.tasks import Task
 from inflora.parts.centroids import ClassCentroids
 from inflora.parts.class_statistics import ClassStatistics
 from inflora.parts.collective import num_processes, sum_over_processes
+from inflora.parts.contrast import contrastive
 from inflora.parts.prompts import PromptMethod, check_at_least, choose_blocks, half_length, uniform_parameter
 from inflora.schedule import cosine
 
@@ -35,7 +36,8 @@ class HidePrompt(PromptMethod):
     (2 * mlp_ratio * embed_dim + mlp_ratio + 3) * embed_dim, and the second heads.
 
     Readings: the code trains the classifier of tasks in a run of its own, with other epochs and rates; its parameters are disjoint from the
-    rest, so here it trains in the same epochs, at optimizer.head_lr. The code mixes up keys and values of the images of a batch (the
+    rest, so here it trains in the same epochs, at optimizer.head_lr (`trainer.grad_clip` sees the gradients of both together, the code
+    each alone). The code mixes up keys and values of the images of a batch (the
     reshape of the DualPrompt port); here they stay apart. `length` counts tokens for keys and values together (10 for the code's 5).
     With several processes each contrasts its own images, as in the code.
 
@@ -49,14 +51,12 @@ class HidePrompt(PromptMethod):
         statistics: centroids (as published) or covariance.
         num_centroids: of a class, for centroids.
         align_epochs: of both alignments, at rates that fall to zero on a cosine; each has as many steps as there are old classes.
-        align_samples: features in a step.
+        align_samples, task_align_samples: features in a step, of the heads and of the classifier of tasks.
         align_lr, task_align_lr: of the heads, and of the classifier of tasks.
 
     Raises:
         ValueError: if an argument is out of range or does not fit the backbone.
     """
-
-    temperature = 0.8  # of the contrastive term, a constant of the code
 
     def __init__(
         self,
@@ -71,6 +71,7 @@ class HidePrompt(PromptMethod):
         num_centroids: int,
         align_epochs: int,
         align_samples: int,
+        task_align_samples: int,
         align_lr: float,
         task_align_lr: float,
     ) -> None:
@@ -80,6 +81,7 @@ class HidePrompt(PromptMethod):
             num_centroids=(num_centroids, 1),
             align_epochs=(align_epochs, 1),
             align_samples=(align_samples, 1),
+            task_align_samples=(task_align_samples, 1),
             align_lr=(align_lr, 0),
             task_align_lr=(task_align_lr, 0),
         )
@@ -90,8 +92,9 @@ class HidePrompt(PromptMethod):
         half = half_length(length, "length")
         super().__init__(backbone, blocks=choose_blocks(backbone, blocks, "method.blocks", (0, 5)))
         self.momentum, self.contrast = momentum, contrast
-        self.align_epochs, self.align_samples = align_epochs, align_samples
-        self.align_lr, self.task_align_lr = align_lr, task_align_lr
+        self.align_epochs = align_epochs
+        self.align = {"samples": align_samples, "rate": align_lr}
+        self.task_align = {"samples": task_align_samples, "rate": task_align_lr}
         embed_dim = self.heads.embed_dim
         self.prompt_shape = (len(self.blocks), 2, half, embed_dim)
         self.e_prompts = nn.ParameterList()
@@ -124,10 +127,10 @@ class HidePrompt(PromptMethod):
         return self.prompted(x, dict(zip(self.blocks, prompt.unsqueeze(1).expand(-1, len(x), -1, -1, -1), strict=True)))
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        task_loss = local_loss(self.task_heads, self.task_mlp(self.query(x)), y)
+        task_loss = F.cross_entropy(*self.task_heads.local(self.task_mlp(self.query(x)), y))
         features = self.with_prompt(x, self.current_prompt())
         loss = self.local_cross_entropy(features, y) + task_loss
-        return loss + self.contrast * contrastive(features, self.statistics.centers()[0], self.temperature) if self.contrast else loss
+        return loss + self.contrast * contrastive(features, self.statistics.centers()[0]) if self.contrast else loss
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
@@ -135,10 +138,12 @@ class HidePrompt(PromptMethod):
         self.plain_statistics.add(task, self.query)
         self.statistics.add(task, lambda x: self.with_prompt(x, self.e_prompts[-1]))
         if task.num_old_classes:
-            self._align(self.task_scores, [self.task_mlp, self.task_heads], self.plain_statistics, self.task_align_lr, task)
-            self._align(self.heads, [self.heads], self.statistics, self.align_lr, task)
+            self._align(self.task_scores, [self.task_mlp, self.task_heads], self.plain_statistics, task, **self.task_align)
+            self._align(self.heads, [self.heads], self.statistics, task, **self.align)
 
-    def _align(self, scores: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], statistics: Any, rate: float, task: Task) -> None:
+    def _align(
+        self, scores: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], statistics: Any, task: Task, *, samples: int, rate: float
+    ) -> None:
         """Train `modules` on features drawn from the statistics, with cross-entropy over all seen classes; the same in every process."""
         parameters = [parameter.requires_grad_() for module in modules for parameter in module.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
@@ -147,8 +152,8 @@ class HidePrompt(PromptMethod):
             for epoch in range(self.align_epochs):
                 optimizer.param_groups[0]["lr"] = rate * cosine(epoch, self.align_epochs)
                 # As if equally many were drawn of every Gaussian, shuffled, and the first ones taken.
-                order = torch.randperm(self.align_samples * len(labels))[: self.align_samples * task.num_old_classes]
-                for chosen in (order // self.align_samples).to(self.device).split(self.align_samples):
+                order = torch.randperm(samples * len(labels))[: samples * task.num_old_classes]
+                for chosen in (order // samples).to(self.device).split(samples):
                     loss = F.cross_entropy(scores(statistics.sample(chosen)), labels[chosen])
                     optimizer.zero_grad()
                     loss.backward()
@@ -206,17 +211,3 @@ class ClassGaussians(ClassStatistics):
         for label in labels.unique().tolist():
             features[labels == label] = super().sample(label, int((labels == label).sum()))
         return features
-
-
-def local_loss(heads: TaskHeads, features: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the newest head; over all classes where it is one class and not the first."""
-    if len(heads) > 1 and heads.current.out_features == 1:
-        return F.cross_entropy(heads(features), y)
-    return F.cross_entropy(heads.current(features), y - (heads.num_classes - heads.current.out_features))
-
-
-def contrastive(features: Tensor, centers: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of telling every row of old centers (K, D) and features (b, D) from all the others by inner products."""
-    with torch.autocast(features.device.type, enabled=False):
-        rows = torch.cat([centers, features.float()])
-        return F.cross_entropy(rows @ rows.mT / temperature, torch.arange(len(rows), device=rows.device))

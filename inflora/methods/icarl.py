@@ -8,16 +8,14 @@ from torch import Tensor
 
 from inflora.data.tasks import Task
 from inflora.parts.collective import gather_over_processes
-from inflora.parts.distillation import check_distillation, distillation
+from inflora.parts.distillation import DistilledMethod, distillation
 from inflora.parts.replay import ReplayBuffer, gather_ids
-from inflora.parts.snapshot import Snapshot
-from inflora.parts.tuning import TunedMethod
 
 CHUNK = 256
 """Exemplars per forward pass when their means are taken."""
 
 
-class ICaRL(TunedMethod):
+class ICaRL(DistilledMethod):
     """Every class keeps the exemplars whose mean feature is closest to the class's; images are classified by the nearest of these means.
 
     Training runs over the new images and the exemplars, with a loss on the labels and distillation from the model as the last task left
@@ -27,6 +25,8 @@ class ICaRL(TunedMethod):
     Loss: "softmax": cross-entropy over all seen classes + distillation with temperature over the old ones, which is PILOT
     (models/icarl.py), a ViT; "sigmoid": the paper's, a binary cross-entropy per class, summed over the seen classes, whose targets are
     the labels for the new classes and the old model's sigmoids for the old ones; mammoth (models/icarl.py) averages over all classes.
+
+    The authors' code is for Theano (github.com/srebuffi/iCaRL); what is compared with today are these re-implementations.
 
     Trains: every weight (`variant=full`, as published) or one branch on keys and values (`variant=peft`, ours), and all heads. Stores
     between tasks: the trained numbers twice, the exemplars, H * W * 3 bytes each, and embed_dim floats of mean per class.
@@ -61,13 +61,13 @@ class ICaRL(TunedMethod):
         distillation_weight: float,
         temperature: float,
     ) -> None:
-        super().__init__(backbone, variant=variant, rank=rank, blocks=blocks)
+        super().__init__(
+            backbone, variant=variant, rank=rank, blocks=blocks, distillation_weight=distillation_weight, temperature=temperature
+        )
         if loss_form not in ("softmax", "sigmoid"):
             raise ValueError(f"method.loss_form={loss_form} is not known; choose softmax or sigmoid")
-        check_distillation(temperature, distillation_weight)
-        self.loss_form, self.distillation_weight, self.temperature = loss_form, distillation_weight, temperature
+        self.loss_form = loss_form
         self.buffer = ReplayBuffer(selection="balanced", buffer_size=buffer_size, per_class=per_class)
-        self.old_backbone, self.old_heads = Snapshot(), Snapshot()
         self.register_buffer("class_means", torch.zeros(0, self.heads.embed_dim))
 
     # ---- training ----
@@ -86,7 +86,7 @@ class ICaRL(TunedMethod):
             labels = torch.cat([y, self.buffer.labels[rows].to(y.device)])
         scores = self.heads(self.features(images))
         self.observe(scores[: len(y)], y)
-        old_scores = None if self.old_heads.is_empty else self.old_scores(images)
+        old_scores = self.old_scores(images) if self.has_teacher else None
         # A batch brings more exemplars or fewer, and processes differ in that: divided by the share that is expected of it.
         return self.losses(scores, labels, old_scores).sum() / (len(y) * (1 + len(self.buffer) / self.task.num_train))
 
@@ -102,10 +102,6 @@ class ICaRL(TunedMethod):
             return losses
         return losses + self.distillation_weight * distillation(scores[:, : old_scores.shape[1]], old_scores, self.temperature)
 
-    def old_scores(self, x: Tensor) -> Tensor:
-        """(B, old classes): what the model says that the last task left."""
-        return self.old_heads.call(self.heads, self.old_backbone.call(self.backbone, x))[:, : self.num_old_classes]
-
     # ---- exemplars ----
 
     @torch.no_grad()
@@ -113,8 +109,7 @@ class ICaRL(TunedMethod):
         with torch.autocast(self.device.type, enabled=False):
             self._choose_exemplars(task)
             self._take_means(task)
-        self.old_backbone.take(self.tuned)
-        self.old_heads.take(dict(self.heads.named_parameters()))
+        super().end_task(task)
 
     def _choose_exemplars(self, task: Task) -> None:
         num_classes = self.heads.num_classes
@@ -160,15 +155,13 @@ class ICaRL(TunedMethod):
         return {
             "buffer": self.buffer.state_dict(),
             "num_means": len(self.class_means),
-            "old_backbone": self.old_backbone.shapes(),
-            "old_heads": self.old_heads.shapes(),
+            **super().extra_state(),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.buffer.load_state_dict(state["buffer"])
         self.class_means = torch.zeros(state["num_means"], self.heads.embed_dim, device=self.device)
-        self.old_backbone.set_shapes(state["old_backbone"], self.device)
-        self.old_heads.set_shapes(state["old_heads"], self.device)
+        super().load_extra_state(state)
 
 
 def herd(features: Tensor, count: int) -> Tensor:

@@ -14,6 +14,8 @@ class LinearProbe(Method):
     lost over time is confusion between tasks only, never drift.
 
     Trains: the current head. Stores between tasks: the heads (embed_dim + 1 floats per class).
+
+    Source: no paper of its own; as RanPAC's `joint_linear`, but a head per task instead of one for all.
     """
 
     def param_groups(self) -> list[dict[str, Any]]:

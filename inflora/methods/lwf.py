@@ -4,19 +4,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from inflora.data.tasks import Task
-from inflora.parts.distillation import check_distillation, distillation
-from inflora.parts.snapshot import Snapshot
-from inflora.parts.tuning import TunedMethod
+from inflora.parts.distillation import DistilledMethod, distillation
 
 
-class LwF(TunedMethod):
+class LwF(DistilledMethod):
     """On a new task's images the model keeps giving the scores for the old classes that it gave before the task.
 
     Loss: cross-entropy over the current task's classes + `distillation_weight` * distillation over all old classes together
     (`parts.distillation`), from a frozen copy of the model as the last task left it. No old image is kept.
 
-    Code: PyCIL (models/lwf.py), mammoth (models/lwf.py). Trains: one branch on keys and values (`variant=peft`, ours: the authors and
+    Code: the authors' is for MatConvNet (github.com/lizhitwo/LearningWithoutForgetting); PyCIL (models/lwf.py), mammoth (models/lwf.py).
+    Trains: one branch on keys and values (`variant=peft`, ours: the authors and
     these codes train every weight, `variant=full`), and all heads. Stores between tasks: the model, and again what of it trains: the
     factors, 4 * num_blocks * rank * embed_dim floats (or the backbone), and the heads, (embed_dim + 1) floats per class, the only part
     that grows.
@@ -45,37 +43,22 @@ class LwF(TunedMethod):
         temperature: float,
         warmup_epochs: int,
     ) -> None:
-        super().__init__(backbone, variant=variant, rank=rank, blocks=blocks)
-        check_distillation(temperature, distillation_weight)
+        super().__init__(
+            backbone, variant=variant, rank=rank, blocks=blocks, distillation_weight=distillation_weight, temperature=temperature
+        )
         if warmup_epochs < 0:
             raise ValueError(f"method.warmup_epochs={warmup_epochs} is negative; choose 0 or more")
-        self.distillation_weight, self.temperature, self.warmup_epochs = distillation_weight, temperature, warmup_epochs
-        self.old_backbone, self.old_heads = Snapshot(), Snapshot()
+        self.warmup_epochs = warmup_epochs
 
     def begin_epoch(self, epoch: int) -> None:
-        is_warmup = not self.old_heads.is_empty and epoch < self.warmup_epochs
+        is_warmup = self.has_teacher and epoch < self.warmup_epochs
         for parameter in [*self.tuned.values(), *self.heads.heads[:-1].parameters()]:
             parameter.requires_grad_(not is_warmup)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         features = self.features(x)
         loss = self.local_cross_entropy(features, y)
-        if self.old_heads.is_empty:
+        if not self.has_teacher:
             return loss
         scores = self.heads(features)[:, : self.num_old_classes]
         return loss + self.distillation_weight * distillation(scores, self.old_scores(x), self.temperature).mean()
-
-    def old_scores(self, x: Tensor) -> Tensor:
-        """(B, old classes): what the model said before this task."""
-        return self.old_heads.call(self.heads, self.old_backbone.call(self.backbone, x))[:, : self.num_old_classes]
-
-    def end_task(self, task: Task) -> None:
-        self.old_backbone.take(self.tuned)
-        self.old_heads.take(dict(self.heads.named_parameters()))
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"old_backbone": self.old_backbone.shapes(), "old_heads": self.old_heads.shapes()}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.old_backbone.set_shapes(state["old_backbone"], self.device)
-        self.old_heads.set_shapes(state["old_heads"], self.device)

@@ -3,19 +3,17 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inflora.data.tasks import Task
-from inflora.method import Method
 from inflora.parts import adapters
+from inflora.parts.adapter_sets import AdapterSetMethod
 from inflora.parts.classifier_alignment import ClassifierAlignment
+from inflora.parts.contrast import contrastive
 from inflora.parts.prototypes import Prototypes, class_means
 
-CONTRAST_TEMPERATURE = 0.8
 
-
-class MOS(Method):
+class MOS(AdapterSetMethod):
     """A set of adapters per task, pulled towards the older ones while it trains; an image's own predictions find the set that suits it.
 
     Each task's adapters start as the last task's; after every step they become (1 - momentum) times themselves plus momentum times the mean
@@ -59,54 +57,42 @@ class MOS(Method):
         retrieval_steps: int,
         alignment: dict[str, Any],
     ) -> None:
-        super().__init__(backbone)
-        adapters.check_adapters(backbone, bottleneck=bottleneck, dropout=dropout)
+        super().__init__(backbone, bottleneck=bottleneck, adapter_scale=adapter_scale, dropout=dropout)
         if not 0 <= momentum <= 1:
             raise ValueError(f"method.momentum={momentum} is out of range; choose 0..1")
         if contrast < 0:
             raise ValueError(f"method.contrast={contrast} is negative; choose 0 or more")
         if retrieval_steps < 1:
             raise ValueError(f"method.retrieval_steps={retrieval_steps} is below 1; choose 1 or more")
-        self.adapter = {"bottleneck": bottleneck, "scale": adapter_scale, "dropout": dropout}
         self.momentum, self.contrast, self.retrieval_steps = momentum, contrast, retrieval_steps
         self.alignment = ClassifierAlignment(self.heads.embed_dim, temperature=None, mean_scale=1.0, restore=False, **alignment)
         self.prototypes = Prototypes(self.heads.embed_dim)
         self._older: list[Tensor] | None = None
 
-    def parameters_of(self, task: int) -> list[Tensor]:
-        """All numbers of a task's adapters."""
-        return [parameter for adapter in adapters.adapter_set(self.backbone, task) for parameter in adapter.parameters()]
-
     @property
     def older_mean(self) -> list[Tensor]:
-        """The mean over the older tasks of each of `parameters_of`; computed once a task, when it is first needed."""
+        """The mean over the older tasks of each of `set_parameters`; computed once a task, when it is first needed."""
         if self._older is None:
-            older = zip(*(self.parameters_of(task) for task in range(len(self.heads) - 1)), strict=True)
+            older = zip(*(self.set_parameters(task) for task in range(len(self.heads) - 1)), strict=True)
             self._older = [torch.stack(values).mean(0).detach() for values in older]
         return self._older
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         self._older = None
-        newest = adapters.inject(self.backbone, **self.adapter)
-        if len(self.heads) > 1:
-            for new, old in zip(newest, adapters.adapter_set(self.backbone, len(self.heads) - 2), strict=True):
-                new.load_state_dict(old.state_dict())
+        self.add_set(copied_from=self.num_sets - 1 if self.num_sets else None)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": self.parameters_of(len(self.heads) - 1), "role": "branch"},
-            {"params": list(self.heads.current.parameters()), "role": "head"},
-        ]
+        return self.branch_and_head(self.heads.current)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         features = self.features(x)
-        return self.local_cross_entropy(features, y) + self.contrast * contrast(features, self.alignment.statistics.means)
+        return self.local_cross_entropy(features, y) + self.contrast * contrastive(features, self.alignment.statistics.means)
 
     @torch.no_grad()
     def after_step(self) -> None:
         if len(self.heads) > 1 and self.momentum:
-            for parameter, mean in zip(self.parameters_of(len(self.heads) - 1), self.older_mean, strict=True):
+            for parameter, mean in zip(self.set_parameters(len(self.heads) - 1), self.older_mean, strict=True):
                 parameter.lerp_(mean, self.momentum)
 
     def end_task(self, task: Task) -> None:
@@ -140,21 +126,9 @@ class MOS(Method):
 
     # ---- state ----
 
-    def extra_state(self) -> dict[str, Any]:
-        return {"num_sets": adapters.num_sets(self.backbone)}
-
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self._older = None
-        adapters.remove(self.backbone)
-        for _ in range(state["num_sets"]):
-            adapters.inject(self.backbone, **self.adapter)
-
-
-def contrast(features: Tensor, means: Tensor) -> Tensor:
-    """Cross-entropy of telling each of (C, D) means and (B, D) features from all others by its scalar product with itself."""
-    with torch.autocast(features.device.type, enabled=False):
-        rows = torch.cat([means, features.float()])
-        return F.cross_entropy(rows @ rows.mT / CONTRAST_TEMPERATURE, torch.arange(len(rows), device=rows.device))
+        super().load_extra_state(state)
 
 
 def retrieve(scores: Tensor, start: Tensor, task_of: Tensor, steps: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from inflora.classifier import TaskHeads
 from inflora.data.tasks import Task
-from inflora.method import Method
 from inflora.parts import adapters
+from inflora.parts.adapter_sets import AdapterSetMethod
 from inflora.parts.classifier_alignment import ClassifierAlignment
 from inflora.parts.prototypes import cosine
 
@@ -18,7 +18,7 @@ UNIVERSAL = 0
 """The set of adapters that holds the fused ones; the tasks' follow."""
 
 
-class TUNA(Method):
+class TUNA(AdapterSetMethod):
     """A set of adapters per task, and one fused from all of them; an image is answered by the task's set that is surest and the fused one.
 
     Each task's adapters start as the last task's. Fusion takes every number of every adapter by itself: its sign is that of the mean over
@@ -63,21 +63,20 @@ class TUNA(Method):
         orthogonality: float,
         alignment: dict[str, Any],
     ) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, bottleneck=bottleneck, adapter_scale=adapter_scale, dropout=dropout)
         if scale <= 0:
             raise ValueError(f"method.scale={scale} is not above 0; choose a positive number, such as 20")
         for key, value in (("margin", margin), ("orthogonality", orthogonality)):
             if value < 0:
                 raise ValueError(f"method.{key}={value} is negative; choose 0 or more")
-        self.adapter = {"bottleneck": bottleneck, "scale": adapter_scale, "dropout": dropout}
         self.margin, self.orthogonality = margin, orthogonality
-        adapters.inject(backbone, **self.adapter)  # the universal set
+        self.add_set()  # the universal one
         self.heads = CosineHeads(self.heads.embed_dim, scale)
         self.alignment = ClassifierAlignment(self.heads.embed_dim, temperature=None, restore=False, **alignment)
 
     @property
     def num_task_sets(self) -> int:
-        return adapters.num_sets(self.backbone) - 1
+        return self.num_sets - 1
 
     def task_set(self, task: int) -> list[adapters.Adapter]:
         """The adapters of a task, block by block."""
@@ -85,17 +84,10 @@ class TUNA(Method):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        adapters.inject(self.backbone, **self.adapter)
-        if self.num_task_sets > 1:
-            for new, old in zip(self.task_set(self.num_task_sets - 1), self.task_set(self.num_task_sets - 2), strict=True):
-                new.load_state_dict(old.state_dict())
+        self.add_set(copied_from=self.num_sets - 1 if self.num_task_sets else None)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        newest = self.task_set(self.num_task_sets - 1)
-        return [
-            {"params": [parameter for adapter in newest for parameter in adapter.parameters()], "role": "branch"},
-            {"params": list(self.heads.current.parameters()), "role": "head"},
-        ]
+        return self.branch_and_head(self.heads.current)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         scores, y = self.heads.current(self.features(x)), y - self.num_old_classes
@@ -150,16 +142,6 @@ class TUNA(Method):
 
     def diagnostics(self) -> dict[str, Any]:
         return {"alignment_losses": self.alignment.losses}
-
-    # ---- state ----
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"num_sets": adapters.num_sets(self.backbone)}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        adapters.remove(self.backbone)
-        for _ in range(state["num_sets"]):
-            adapters.inject(self.backbone, **self.adapter)
 
 
 def fused(values: Tensor) -> Tensor:
