@@ -4,11 +4,8 @@
 registered by a module, which its name begins with: `my_package.backbone:my_vit.tag`.
 """
 
-import contextlib
 import hashlib
 import importlib
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import nn
 
 from inflora.checkpoint import sha256_file
+from inflora.data.download import check_reachable
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "vit_micro.safetensors"
 
@@ -118,9 +116,13 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
         model = None
     if not isinstance(model, VisionTransformer) or model.cls_token is None:
         raise ValueError(f"backbone.name={name} is not a vision transformer with a class token, which every method here needs")
-    if min(model.patch_embed.grid_size) < 1:  # type: ignore[arg-type]
-        patch = model.patch_embed.patch_size[0]  # type: ignore[index]
-        raise ValueError(f"dataset.image_size={image_size} is smaller than one patch of backbone.name={name}; choose {patch} or more")
+    patch = model.patch_embed.patch_size[0]  # type: ignore[index]
+    if image_size is not None and (image_size < patch or image_size % patch):
+        lower = image_size // patch * patch
+        choices = f"{lower} or {lower + patch}" if lower else f"{patch}"
+        raise ValueError(
+            f"dataset.image_size={image_size} is no whole number of the patches of {patch} pixels of backbone.name={name}; choose {choices}"
+        )
     config: Any = model.pretrained_cfg
     if checkpoint is not None:
         file = Path(checkpoint).expanduser()
@@ -188,8 +190,7 @@ def _pretrained_file(name: str, config: Mapping[str, Any]) -> Path:
         return Path(cached)
     try:
         # The hub client retries a missing network for half a minute, with a line each; one short request finds out quietly.
-        with contextlib.suppress(urllib.error.HTTPError):
-            urllib.request.urlopen(urllib.request.Request(hf_hub_url(repository, file_name), method="HEAD"), timeout=10).close()
+        check_reachable(hf_hub_url(repository, file_name))
         return Path(hf_hub_download(repository, file_name))
     except OSError as error:
         raise FileNotFoundError(

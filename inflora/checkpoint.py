@@ -33,6 +33,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint, or another file of a run, cannot be written or read. The message is one sentence for the user."""
 
 
+class WriteError(CheckpointError):
+    """One that cannot be written: the run can go on from what is saved when the user has put that right."""
+
+
 # ---- atomic files, hashes, the lock ------------------------------------------------------------------------------------------------
 
 
@@ -40,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it in the place of `path`: a reader sees the old file or the new one, never half.
 
     Raises:
-        CheckpointError: if the file cannot be written (a full disk, say); `path` is then what it was before.
+        WriteError: if the file cannot be written (a full disk, say); `path` is then what it was before.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -54,12 +58,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise write_error(path, error) from error
 
 
-def write_error(path: Path, error: Exception) -> CheckpointError:
+def write_error(path: Path, error: Exception) -> WriteError:
     """The sentence for a file that cannot be written. safetensors reports the system's reason at the end of its own message."""
     reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
-    return CheckpointError(
-        f"cannot write {path}: {reason}; everything saved before is intact, so put that right and run the same command again to continue"
-    )
+    return WriteError(f"cannot write {path}: {reason}; everything saved before is intact")
 
 
 def _fsync(path: Path) -> None:
@@ -147,7 +149,7 @@ def save(path: Path, state: Any, *, base: Path | None = None, **notes: str | boo
         notes: written in the record, for people and for `CheckpointFolder`.
 
     Raises:
-        CheckpointError: if it cannot be written; an earlier checkpoint of another name is untouched.
+        WriteError: if it cannot be written; an earlier checkpoint of another name is untouched.
         TypeError: if `state` holds anything else.
     """
     structure, tensors = _flatten(state)

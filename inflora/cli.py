@@ -108,6 +108,7 @@ class Job:
         config.register()  # a launcher has brought the job to a process that does not know the configuration yet
 
     def __call__(self, cfg: DictConfig) -> None:
+        from inflora.checkpoint import WriteError
         from inflora.run import USER_ERRORS, Origin, run  # torch takes seconds to import: a misspelt key should not wait for it
         from inflora.trainer import Interrupted
 
@@ -132,7 +133,12 @@ class Job:
             if self.show_traceback:
                 raise
             is_systems = isinstance(error, OSError) and error.errno is not None  # a few words and a file, without what to do
-            _say_fault(f"the system refuses: {error}; put that right and run the same command again" if is_systems else str(error))
+            text = f"the system refuses: {error}" if is_systems else str(error)
+            if is_systems or isinstance(error, WriteError):
+                text += "; put that right and run the same command again"
+                if hydra_config.mode == RunMode.RUN and not any(each.startswith("output_dir=") for each in hydra_config.overrides.task):
+                    text += f" with output_dir={cfg.output_dir}"
+            _say_fault(text)
         else:
             return
         # Out of the handler, so that the error and what its frames hold, locks among it, do not live on as the context of another.
@@ -189,8 +195,10 @@ def _composition_fault(error: Exception, arguments: Sequence[str]) -> str:
         return f"{group}={choice} is not known; choose one of {', '.join(plugins.choices(group))}"
     if match := re.search(r"Could not override '([\w.]+)'", text):
         key = match[1]
+        if inner := re.search(rf"full_key: {re.escape(key)}\.(\S+)", str(error.__cause__)):
+            return f"{key} takes further keys one by one; write +{key}.{inner[1]}=VALUE"
         near = difflib.get_close_matches(key, _known_keys(arguments, key), n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` lists all keys"
+        hint = f"did you mean {near[0]}?" if near else config.ALL_KEYS
         return f"{key} is not a key of this configuration; {hint}"
     if match := re.search(r"Error merging override (\S+)", text):
         reason = str(error.__cause__ or "").splitlines()

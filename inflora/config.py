@@ -4,13 +4,32 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+RESULT_FREE = {
+    "output_dir",
+    "resume",
+    "tracker",
+    "dataset.root",
+    "trainer.device",
+    "trainer.num_devices",
+    "trainer.num_workers",
+    "trainer.eval_batch_size",
+    "trainer.grad_accumulation",
+    "trainer.grad_checkpointing",
+    "trainer.progress",
+}
+"""Keys that say where and how a run is done: it may continue with other values, and runs that differ in them alone are one experiment.
+
+They change no result beyond rounding, but for what compares the images of a batch with each other, which sees those of a process or of a
+part of the batch (`lora_drs`, `hide_prompt` and `mos` say so). The tasks themselves check what `dataset.root` holds.
+"""
 
 
 @dataclass
@@ -96,6 +115,9 @@ AT_LEAST = {
 }
 
 
+ALL_KEYS = "`python train.py --cfg job` lists all keys"
+
+
 class ConfigurationError(ValueError):
     """A value in the configuration cannot be used; the message says which, what is allowed, and what to do."""
 
@@ -123,6 +145,11 @@ def check(cfg: DictConfig) -> None:
     missing = sorted(OmegaConf.missing_keys(cfg))
     faults = [f"{key} has no value; set {key}=..." for key in missing]
     if not faults:
+        # `+key=value` adds to what the schema names, and nobody would read it.
+        known = {"": RunConfig, "dataset.": DatasetConfig, "backbone.": BackboneConfig, "trainer.": TrainerConfig}
+        for prefix, schema in known.items():
+            added = sorted(set(cfg[prefix[:-1]] if prefix else cfg) - {each.name for each in fields(schema)})
+            faults += [f"{prefix}{key} is not a key of this configuration; {ALL_KEYS}" for key in added]
         for key, allowed in CHOICES.items():
             value = str(OmegaConf.select(cfg, key))
             if value not in allowed:

@@ -41,21 +41,6 @@ USER_ERRORS = (ValueError, OSError, CheckpointError, TrainingError)
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
-RESULT_FREE = {
-    "output_dir",
-    "resume",
-    "tracker",
-    "dataset.root",
-    "trainer.device",
-    "trainer.num_devices",
-    "trainer.num_workers",
-    "trainer.eval_batch_size",
-    "trainer.grad_accumulation",
-    "trainer.grad_checkpointing",
-    "trainer.progress",
-}
-"""Keys that change no result beyond rounding: a run may continue with other values. The tasks themselves check what dataset.root holds."""
-
 LENGTH = {"dataset.num_tasks", "dataset.task_sizes", "dataset.class_order"}
 """Keys that may differ if the tasks of the old run are the first of the new one."""
 
@@ -131,6 +116,9 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         raise ValueError(f"trainer.device={device}, but torch finds no such device on this machine; choose auto or cpu")
     if torch.cuda.is_available() and device in ("auto", "cuda") and processes > torch.cuda.device_count():
         raise ValueError(f"trainer.num_devices={processes} exceeds the {torch.cuda.device_count()} CUDA devices of this machine")
+    is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
+    if is_cpu and trainer["precision"] == "16":
+        raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
     if _by_torchrun() and processes != int(os.environ["WORLD_SIZE"]):
         started = os.environ["WORLD_SIZE"]
         raise ValueError(f"trainer.num_devices={processes}, but torchrun started {started} processes; set trainer.num_devices={started}")
@@ -322,7 +310,7 @@ def _look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
     if plain["resume"] == "never":
         raise ValueError(f"output_dir={folder} holds a run already and resume=never; choose another output_dir")
     old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    different = config_differences(old, plain, RESULT_FREE)
+    different = config_differences(old, plain, configuration.RESULT_FREE)
     hard = [key for key in different if key not in LENGTH]
     if hard:
         values = ", ".join(f"{key} ({_value(old, key)} there, {_value(plain, key)} here)" for key in hard)
@@ -409,6 +397,17 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
     return plan
 
 
+class LogFile(logging.FileHandler):
+    """A log that a full disk leaves incomplete: the numbers and checkpoints that cannot be written then say so, in one sentence."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def _logging(folder: Path, enabled: bool) -> Iterator[None]:
     """Show and keep the package's log messages while a run goes on; afterwards the loggers are as before."""
@@ -416,7 +415,7 @@ def _logging(folder: Path, enabled: bool) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    to_file = LogFile(folder / "run.log", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen = ConsoleHandler()
     level, handlers = log.level, [to_file, to_screen]

@@ -90,7 +90,7 @@ class JsonlTracker(Tracker):
         self._keep(self._complete_lines())  # a kill may have cut the last line short; appending to it would spoil the next one too
 
     def log(self, event: str, values: Mapping[str, Any], step: int) -> None:
-        """Raises CheckpointError if the line cannot be written (a full disk, say); no part of it then stays."""
+        """Raises WriteError if the line cannot be written (a full disk, say); no part of it then stays."""
         assert not values.keys() & {"event", "time"}, "names that every line has already"
         line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, allow_nan=False).encode() + b"\n"
         size = self.path.stat().st_size

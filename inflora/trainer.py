@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -248,6 +248,8 @@ class Trainer:
     def _end_epoch(self, method: Method, optimizer: Any, task: Task, epoch: int, meter: "Meter", images: int, began: float) -> None:
         losses = meter.losses()
         meter.check(losses)  # which waits for the device, so that the speed below is not that of handing it work
+        if not torch.stack([p.isfinite().all() for group in optimizer.param_groups for p in group["params"]]).all():
+            meter.refuse("a weight is no longer finite after")
         right, answers = meter.total_hits(method)
         event = {
             "task": task.index,
@@ -415,10 +417,14 @@ class Meter:
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
-            raise TrainingError(
-                f"the loss is {losses[step].item()} at {self._where}, step {step}; lower optimizer.lr and optimizer.head_lr, or use "
-                "trainer.precision=32 (the last checkpoint is from before it)"
-            )
+            self.refuse(f"the loss is {losses[step].item()} at step {step} of")
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raises TrainingError: `what`, where, and what to do."""
+        raise TrainingError(
+            f"{what} {self._where}; start again, in another output_dir, with lower optimizer.lr and optimizer.head_lr, or with "
+            "trainer.precision=32"
+        )
 
     def state(self, method: Method, epoch: int, step: int) -> dict[str, Any]:
         """The position to save, after `step` batches of `epoch`."""

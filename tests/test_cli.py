@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path,
         (["backbone=vit_b16"], "backbone=vit_b16 is not known; choose one of vit_b16_dino,"),
         (["method.rnk=4"], "method.rnk is not a key of this configuration; did you mean method.rank?"),
         (["trainer.epoch=4", "method=sequential"], "trainer.epoch is not a key of this configuration; did you mean trainer.epochs?"),
+        (["+trainer.epoch=4"], "trainer.epoch is not a key of this configuration; `python train.py --cfg job` lists all keys"),
+        (["dataset.options={a:1}"], "dataset.options takes further keys one by one; write +dataset.options.a=VALUE"),
         (["optimiser=adam"], "optimiser is not a key of this configuration; did you mean optimizer?"),
         (["zzz.qqq=1"], "zzz.qqq is not a key of this configuration; `python train.py --cfg job` lists all keys"),
         (["trainer.epochs=ten"], "trainer.epochs=ten does not fit: Value 'ten' of type 'str' could not be converted to Integer"),
@@ -194,6 +197,20 @@ def test_a_checkpoint_of_another_model_names_its_keys(cli: Cli, tmp_path: Path):
     assert "unexpected: blocks.0.attn.query.weight" in sentence
 
 
+@pytest.mark.slow
+def test_a_silent_network_is_told_within_half_a_minute(tmp_path: Path):
+    """A proxy that takes every connection and never says a word, as a firewall may look."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        cut_off = {"http_proxy": proxy, "https_proxy": proxy, "no_proxy": "", "HF_HOME": str(tmp_path / "hub")}
+        began = time.monotonic()
+        done = train_py("dataset=cifar100_10task", "method=inflora", cwd=tmp_path, env=cut_off)
+    assert time.monotonic() - began < 30
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) <= 3
+    assert "cifar-100-python" in done.stderr
+
+
 @pytest.mark.parametrize(
     "error, sentence",
     [
@@ -214,6 +231,9 @@ def test_what_the_system_refuses(cli: Cli, error, sentence, tmp_path: Path, monk
 
     monkeypatch.setattr("inflora.data.datasets.digits", refused)
     assert fault(cli(*QUICK, f"output_dir={tmp_path}")) == sentence
+    if sentence.endswith("run the same command again"):  # without it, the same command would start anew in a folder of another time
+        monkeypatch.chdir(tmp_path)
+        assert fault(cli(*QUICK)).startswith(f"{sentence} with output_dir=outputs/")
 
 
 def test_a_folder_at_work_is_refused(cli: Cli, tmp_path: Path):

@@ -14,10 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from inflora import config
 from inflora.backbone import _check_name
-from inflora.config import ConfigurationError, check
+from inflora.config import RESULT_FREE, ConfigurationError, check
 from inflora.data.tasks import parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
-from inflora.run import RESULT_FREE
 
 CONF = ROOT / "conf"
 

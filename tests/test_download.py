@@ -19,13 +19,17 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        self.do_HEAD()
+        if self.path == "/file":
+            self.wfile.write(CONTENT)
+
+    def do_HEAD(self) -> None:
         if self.path != "/file":
             self.send_error(404)
             return
         self.send_response(200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
-        self.wfile.write(CONTENT)
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the tests' output clean."""
@@ -71,7 +75,7 @@ def test_refused_connection(tmp_path: Path) -> None:
 
 
 def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.2)
+    monkeypatch.setattr(module, "ANSWER_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -87,7 +91,7 @@ def test_hanging_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         release.wait(10)
         raise socket.gaierror("no such name")
 
-    monkeypatch.setattr(module, "STALL_S", 0.2)
+    monkeypatch.setattr(module, "ANSWER_S", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="nothing arrived for 0 seconds"):
@@ -97,4 +101,17 @@ def test_hanging_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_default_patience() -> None:
-    assert module.STALL_S == 15
+    assert (module.ANSWER_S, module.STALL_S) == (8, 15)
+
+
+def test_a_server_that_answers_is_reachable_whatever_it_says(server: str) -> None:
+    module.check_reachable(f"{server}/file")
+    module.check_reachable(f"{server}/other")
+
+
+def test_a_server_that_refuses_is_not(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(ConnectionError, match="refused"):
+        module.check_reachable(f"http://127.0.0.1:{port}/file")

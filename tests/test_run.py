@@ -396,7 +396,7 @@ def test_a_run_leaves_nothing_behind(method, tmp_path):
     if method == "inflora":
         run_toy(tmp_path)
     else:
-        with pytest.raises(RuntimeError, match=r"the loss is nan at task 0, epoch 0, step 1"):
+        with pytest.raises(RuntimeError, match=r"the loss is nan at step 1 of task 0, epoch 0"):
             run_toy(tmp_path, *DIVERGING, "+method.task=0", "+method.step=1")
     assert process_state() == before
 
@@ -518,7 +518,7 @@ def test_torchrun_and_the_configuration_must_agree_on_the_processes(tmp_path, mo
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match=r"the loss is nan at task 1, epoch 1, step 1; lower optimizer.lr and optimizer.head_lr, or use"):
+    with pytest.raises(RuntimeError, match=r"the loss is nan at step 1 of task 1, epoch 1; start again, in another output_dir, with lower"):
         run_toy(tmp_path, *DIVERGING, "+method.task=1", "+method.step=3")
     assert num_rows(tmp_path) == 1
     last = CheckpointFolder(tmp_path / "checkpoints").latest()
@@ -529,5 +529,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
 
 
 def test_a_rate_that_is_far_too_high_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at task 0, epoch 0, step \d; lower optimizer.lr and"):
+    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step \d of task 0, epoch 0; start again"):
         run_toy(tmp_path, "method=sequential_full", "optimizer=sgd", "optimizer.lr=1e30")

@@ -1,4 +1,4 @@
-"""One download that gives up: whatever hangs (name look-up, connection, proxy, transfer), it ends after 15 seconds without a byte."""
+"""Downloads that give up: whatever hangs (name look-up, connection, proxy, transfer), they end after some seconds without a byte."""
 
 import hashlib
 import itertools
@@ -8,19 +8,23 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 STALL_S = 15.0
-"""Seconds without a byte before a download gives up."""
+"""Seconds without a byte before a download gives up that had begun."""
+
+ANSWER_S = 8.0
+"""Seconds that a server has for its first byte: half a minute is to be enough to ask two of them and find that there is no network."""
 
 
 def download(url: str, path: Path, md5: str) -> None:
     """Fetch `url` to `path`, which appears only when complete and of the right checksum.
 
     Raises:
-        ConnectionError: with the reason, if nothing arrives for `STALL_S`, or the server or the checksum says no.
+        ConnectionError: with the reason, if nothing arrives for `ANSWER_S`, later for `STALL_S`, or the server or the checksum says no.
     """
     arriving = _arriving(url)
     first = next(arriving)  # before anything is created on disk
@@ -45,16 +49,31 @@ def download(url: str, path: Path, md5: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _arriving(url: str) -> Iterator[tuple[int, bytes]]:
+def check_reachable(url: str) -> None:
+    """Ask the server for the head of `url`, whatever it answers.
+
+    Raises:
+        ConnectionError: with the reason, if it does not answer within `ANSWER_S`.
+    """
+    try:
+        next(_arriving(url, method="HEAD"))
+    except ConnectionError as error:
+        if not isinstance(error.__cause__, HTTPError):  # which is an answer too
+            raise
+
+
+def _arriving(url: str, method: str = "GET") -> Iterator[tuple[int, bytes]]:
     """Pairs (bytes of the whole file or 0, next block), the last block empty."""
     blocks: queue.Queue[tuple[int, bytes] | Exception] = queue.Queue(maxsize=64)
     # A thread that may be abandoned: no socket timeout covers a hanging name look-up.
-    threading.Thread(target=_fetch, args=(url, blocks), daemon=True).start()
+    threading.Thread(target=_fetch, args=(urllib.request.Request(url, method=method), blocks), daemon=True).start()
+    patience = ANSWER_S
     while True:
         try:
-            item = blocks.get(timeout=STALL_S)
+            item = blocks.get(timeout=patience)
         except queue.Empty:
-            raise ConnectionError(f"nothing arrived for {STALL_S:.0f} seconds") from None
+            raise ConnectionError(f"nothing arrived for {patience:.0f} seconds") from None
+        patience = STALL_S
         if isinstance(item, Exception):
             raise ConnectionError(str(getattr(item, "reason", item))) from item
         yield item
@@ -62,10 +81,10 @@ def _arriving(url: str) -> Iterator[tuple[int, bytes]]:
             return
 
 
-def _fetch(url: str, blocks: "queue.Queue[tuple[int, bytes] | Exception]") -> None:
+def _fetch(request: urllib.request.Request, blocks: "queue.Queue[tuple[int, bytes] | Exception]") -> None:
     """Put everything that arrives, or the exception, into `blocks`."""
     try:
-        with urllib.request.urlopen(url, timeout=STALL_S) as response:
+        with urllib.request.urlopen(request, timeout=STALL_S) as response:
             total = int(response.headers["Content-Length"] or 0)
             while block := response.read1(2**18):  # whatever is there: a slow transfer is no stall
                 blocks.put((total, block))

@@ -1,10 +1,14 @@
 """InfLoRA: interference-free low-rank adaptation (Liang & Li, CVPR 2024, arXiv 2404.00228)."""
 
+import logging
+import warnings
 from typing import Any, Literal
 
 from inflora.data.tasks import Task
 from inflora.parts.low_rank import LowRankMethod
-from inflora.subspace import DualGPM, design_branch, threshold_at
+from inflora.subspace import DualGPM, MissingDirectionsWarning, design_branch, threshold_at
+
+log = logging.getLogger(__name__)
 
 
 class InfLoRA(LowRankMethod):
@@ -66,10 +70,16 @@ class InfLoRA(LowRankMethod):
         if self.planned_tasks is None:
             self.planned_tasks = task.num_tasks
         moments = self.input_moments(task, "moments_before")  # lora_B is still zero: those of the weights before the task
-        for name, branch in self.branches.items():
-            branch.set_lora_A(
-                design_branch(moments[name], self.memory[name], self.rank, decomposition=self.decomposition, scale=self.lora_A_scale)
-            )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", MissingDirectionsWarning)
+            for name, branch in self.branches.items():
+                branch.set_lora_A(
+                    design_branch(moments[name], self.memory[name], self.rank, decomposition=self.decomposition, scale=self.lora_A_scale)
+                )
+        short = [warning.message for warning in caught if warning.category is MissingDirectionsWarning]
+        if short:
+            few = f"{len(short)} of {len(self.targets)} layers have too little space left for their branch"
+            log.warning("task %d: %s; the first: %s", task.index, few, short[0])
 
     def end_task(self, task: Task) -> None:
         assert self.planned_tasks is not None

@@ -12,22 +12,10 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-# Settings that say where, when or on what a run ran. Runs that differ in nothing else are repetitions of one experiment.
-NOT_PART_OF_THE_EXPERIMENT = (
-    "seed",
-    "output_dir",
-    "resume",
-    "tracker",
-    "dataset.root",
-    "backbone.checkpoint",  # weights_sha256 says what was in it
-    "trainer.device",
-    "trainer.precision",
-    "trainer.num_devices",
-    "trainer.compile",
-    "trainer.num_workers",
-    "trainer.eval_batch_size",
-    "trainer.progress",
-)
+from inflora.config import RESULT_FREE
+
+# Runs that differ in nothing else are repetitions of one experiment. What was in a checkpoint of the backbone, weights_sha256 says.
+NOT_PART_OF_THE_EXPERIMENT = ("seed", "backbone.checkpoint", *sorted(RESULT_FREE))
 
 # fmt: off
 _REQUIRED = (  # names in summary.json
