@@ -6,17 +6,20 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch.multiprocessing import ProcessExitedException
 
@@ -114,29 +117,60 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
     has_device = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
     if not has_device:
         raise ValueError(f"trainer.device={device}, but torch finds no such device on this machine; choose auto or cpu")
-    if torch.cuda.is_available() and device in ("auto", "cuda") and processes > torch.cuda.device_count():
+    started = _started(processes)
+    if started is not None and processes != started.total:
+        raise ValueError(
+            f"trainer.num_devices={processes}, but {started.by} started {started.total} processes; set trainer.num_devices={started.total}"
+        )
+    here = processes if started is None else started.here
+    if torch.cuda.is_available() and device in ("auto", "cuda") and here > torch.cuda.device_count():
         raise ValueError(f"trainer.num_devices={processes} exceeds the {torch.cuda.device_count()} CUDA devices of this machine")
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
     if is_cpu and trainer["precision"] == "16":
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
-    if _by_torchrun() and processes != int(os.environ["WORLD_SIZE"]):
-        started = os.environ["WORLD_SIZE"]
-        raise ValueError(f"trainer.num_devices={processes}, but torchrun started {started} processes; set trainer.num_devices={started}")
-    strategy = "auto" if processes == 1 else "ddp" if _by_torchrun() else "ddp_spawn"
-    return Fabric(accelerator=device, devices=processes, strategy=strategy, precision=PRECISIONS[trainer["precision"]])  # type: ignore[arg-type]
+    return Fabric(
+        accelerator=device,
+        devices=here,
+        num_nodes=processes // here,
+        strategy="auto" if processes == 1 else "ddp" if started else "ddp_spawn",
+        precision=PRECISIONS[trainer["precision"]],  # type: ignore[arg-type]
+    )
 
 
-def _by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+class _Started(NamedTuple):
+    """Processes of this run that a launcher has started, this one among them: by whom, how many, and how many on this machine."""
+
+    by: str
+    total: int
+    here: int
+
+
+def _started(processes: int) -> _Started | None:
+    """None where the run starts its own processes."""
+    environment = os.environ
+    if TorchElasticEnvironment.detect():
+        total = int(environment["WORLD_SIZE"])
+        return _Started("torchrun", total, int(environment.get("LOCAL_WORLD_SIZE", total)))
+    if processes > 1 and SLURMEnvironment.detect() and (total := int(environment["SLURM_NTASKS"])) > 1:
+        return _Started("srun", total, total // int(environment.get("SLURM_NNODES", 1)))
+    return None
 
 
 def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    spawns = plain["trainer"]["num_devices"] > 1 and not _by_torchrun()
+    processes = plain["trainer"]["num_devices"]
+    spawns = processes > 1 and _started(processes) is None
     with _stop_signals_handed_on() if spawns else contextlib.nullcontext():
         outcome = fabric.launch(_process, plain, origin)  # type: ignore[arg-type]  # it passes the arguments on
     if isinstance(outcome, BaseException):
+        if fabric.global_rank > 0:
+            time.sleep(LAST_WORDS_S)
+            sys.exit(1)
         raise outcome
     return outcome
+
+
+LAST_WORDS_S = 3.0
+"""Seconds that the first process of several has to say why they end: a launcher ends all when one has ended."""
 
 
 @contextmanager
@@ -166,6 +200,8 @@ def _stop_signals_handed_on() -> Iterator[None]:
 
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
+    # Processes that a launcher has started have each composed the configuration, and the default folder has the time in its name.
+    plain = {**plain, "output_dir": fabric.broadcast(plain["output_dir"])}
     folder = Path(plain["output_dir"])
     try:
         with contextlib.ExitStack() as held:
@@ -409,18 +445,17 @@ class LogFile(logging.FileHandler):
 
 
 @contextmanager
-def _logging(folder: Path, enabled: bool) -> Iterator[None]:
-    """Show and keep the package's log messages while a run goes on; afterwards the loggers are as before."""
-    if not enabled:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    to_file = LogFile(folder / "run.log", encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    to_screen = ConsoleHandler()
-    level, handlers = log.level, [to_file, to_screen]
+def _logging(folder: Path, is_first: bool) -> Iterator[None]:
+    """Show and keep the package's log messages while a run goes on, those of its first process; afterwards the loggers are as before."""
+    handlers: list[logging.Handler] = [logging.NullHandler()]
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        to_file = LogFile(folder / "run.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers = [to_file, ConsoleHandler()]
+    level = log.level
     log.setLevel(logging.INFO)
-    log.propagate = False  # in a multirun Hydra's own handler would print every line again
+    log.propagate = False  # Hydra's own handler would print every line again
     for handler in handlers:
         log.addHandler(handler)
     try:

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -449,6 +450,56 @@ def test_two_processes_stop_together_and_one_continues(tmp_path):
     assert "Traceback" not in said and "Stopped; everything so far is saved" in said
     assert train_py(*arguments).returncode == 0
     assert num_rows(tmp_path / "run") == 2
+
+
+def launched(by: str, rank: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the second half of a run on two machines of one process each, as a launcher starts it."""
+    if by == "torchrun":
+        nodes = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        return [sys.executable, "-m", "torch.distributed.run", *nodes, str(ROOT / "train.py")], {}
+    slurm = {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
+        "SLURM_NODEID": str(rank), "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return [sys.executable, str(ROOT / "train.py")], slurm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["torchrun", "srun"])
+def test_two_machines(by, tmp_path):
+    """Played by two processes here. The folder is not named: they must agree on one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ["debug=default", "method=inflora", "trainer.device=cpu", "trainer.progress=false", "trainer.num_devices=2"]
+    running = []
+    for rank in range(2):
+        command, environment = launched(by, rank, port)
+        running.append(
+            subprocess.Popen(
+                [*command, *arguments],
+                cwd=tmp_path,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        time.sleep(1.5)  # so that the times in the names of the two default folders differ
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said[0][1]
+    (summary,) = tmp_path.glob("outputs/*/*/*/*/summary.json")
+    assert num_rows(summary.parent) == 5
+    assert "task 4: accuracy" in said[0][1] and "task 4: accuracy" not in said[1][1] and "Report:" not in said[1][0]
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_say_a_fault_once(tmp_path):
+    nodes = ["--nproc-per-node=2", "--master-port=0", str(ROOT / "train.py")]
+    arguments = ["dataset=imagefolder", "dataset.root=/nowhere", "trainer.device=cpu", "trainer.num_devices=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", *nodes, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("dataset.root=/nowhere does not exist") == 1
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------------------
