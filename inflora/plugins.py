@@ -5,9 +5,9 @@ A package that declares an entry point in the group `inflora.conf`, whose value 
 """
 
 from collections.abc import Iterator
-from importlib.abc import Traversable
 from importlib.metadata import entry_points
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath

@@ -21,13 +21,14 @@ import torch
 import toy
 import yaml
 from helpers import METHODS, ROOT, files_of, num_rows, read_events, results, run_toy, toy_config, train_py
+from torch._dynamo.utils import counters
 from torch.multiprocessing import ProcessExitedException
 
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
 from inflora.run import Origin, _stop_signals_handed_on, run
 from inflora.trackers import read_matrix
-from inflora.trainer import Interrupted
+from inflora.trainer import Interrupted, Trainer
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -407,9 +408,19 @@ DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["inflora", "sequential"])
-def test_a_compiled_run_finds_what_a_plain_one_finds(method, tmp_path):
+def test_a_compiled_run_finds_what_a_plain_one_finds_and_compiles_once(method, tmp_path, monkeypatch):
     plain = run_toy(tmp_path / "plain", f"method={method}")
+    graphs, test = [], Trainer._test
+
+    def counting(self: Trainer, *arguments: Any) -> None:
+        test(self, *arguments)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(Trainer, "_test", counting)
+    counters.clear()
     compiled = run_toy(tmp_path / "compiled", f"method={method}", "trainer.compile=true")
+    assert graphs == [2, 2, 2], "one for training and one for testing, whatever the task"
+    assert not counters["graph_break"]
     assert compiled["accuracy_curve"] == plain["accuracy_curve"]
     for one, other in zip(*(read_events(tmp_path / name, "epoch") for name in ("plain", "compiled")), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
