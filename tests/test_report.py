@@ -217,10 +217,20 @@ def test_where_and_on_what_a_run_ran_does_not_matter(tmp_path: Path):
     write_run(tmp_path / "a", seed=0)
     run = write_run(tmp_path / "b", seed=1)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["trainer"] |= {"device": "cuda", "precision": "bf16"}
+    config["trainer"] |= {"device": "cuda", "num_devices": 2, "grad_accumulation": 4}
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"tracker": {"name": "wandb", "project": "p"}}))
     (section,) = report.load([tmp_path]).sections
     assert [len(group.runs) for group in section.groups] == [2]
+
+
+def test_precisions_are_apart(tmp_path: Path):
+    for precision in ("32", "bf16"):
+        run = write_run(tmp_path / precision)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["trainer"]["precision"] = precision
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (section,) = report.load([tmp_path]).sections
+    assert {group.label for group in section.groups} == {"inflora (trainer.precision=32)", "inflora (trainer.precision=bf16)"}
 
 
 @pytest.mark.parametrize(
