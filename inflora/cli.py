@@ -46,6 +46,11 @@ Trains one method on one task sequence. Without arguments: InfLoRA on the embedd
 """
 
 FOOT = """\
+found by name, where there is one (a run prints which; ~recipe, ~inputs or ~tuning leaves it out)
+  recipe   conf/recipe/<dataset>_<method>.yaml     the published hyper-parameters of the pair
+  inputs   conf/inputs/<backbone>_<dataset>.yaml   how the images reach another backbone than the published one
+  tuning   conf/tuning/<backbone>_<method>.yaml    the method's rates on another backbone
+
 options
   --cfg job       print the composed configuration, with every key, and exit
   --traceback     show the whole traceback of an error
