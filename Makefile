@@ -32,5 +32,10 @@ test-gpu: .venv/dev.stamp  ## the tests that need a CUDA device
 lint: .venv/dev.stamp  ## formatting, lint, types
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/pyright
 
-bench: .venv/dev.stamp  ## time the hot paths against the plain reference, as ratios
+bench: .venv/dev.stamp  ## time the hot paths against the plain reference, as ratios; on a GPU too where there is one
 	$(PY) -m benchmarks
+	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		for precision in 32 bf16; do \
+			$(PY) -m benchmarks --backbone vit_b16 --random --device cuda --precision $$precision --out outputs/benchmarks/vit_b16_$$precision || exit 1; \
+		done; \
+	fi

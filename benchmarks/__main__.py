@@ -14,11 +14,11 @@ from rich.progress import Progress
 
 from benchmarks.pairs import BACKBONES, WIDTHS, Bench, Sizes
 from benchmarks.timing import Row
-from inflora.results import device_name, git_revision, package_versions
+from inflora.results import device_name, git_revision, package_versions, peak_memory_bytes
 
-_FULL = {"tasks": 5, "epochs": 2, "turns": 5, "run_turns": 1, "learned": (1, 10, 50, 100), "ranks": (1, 10, 50), "widths": (192, 384, 768)}
+_FULL = {"tasks": 5, "epochs": 5, "turns": 5, "run_turns": 1, "learned": (1, 10, 50, 100), "ranks": (1, 10, 50), "widths": (192, 384, 768)}
 SIZES = {
-    "vit_micro": Sizes(batch_size=64, images=32, width_image_size=64, **_FULL),
+    "vit_micro": Sizes(batch_size=64, images=128, width_image_size=64, **_FULL),
     "vit_b16": Sizes(batch_size=128, images=128, width_image_size=224, **_FULL),
     "quick": Sizes(4, 4, tasks=2, epochs=1, turns=1, run_turns=1, learned=(1, 2), ranks=(2,), widths=(192,), width_image_size=32),
 }
@@ -50,7 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
     """The rows of the table, the limit, and the tables of growth."""
     bench = Bench(sizes, **options)
-    works = [bench.images_row, bench.covariance_row, bench.subspace_row, bench.step_row, bench.evaluation_row, bench.run_row]
+    works = [
+        bench.images_row,
+        bench.covariance_row,
+        bench.design_row,
+        bench.update_row,
+        bench.first_step_row,
+        bench.step_row,
+        bench.evaluation_row,
+        bench.run_row,
+    ]
     rows = []
     growths: dict[str, list[dict[str, Any]]] = {"tasks learned": [], "rank": [], "width": []}
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -78,7 +87,7 @@ def measure(sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
         for width in sizes.widths:
             of_this_width = {"backbone": WIDTHS[width], "pretrained": False, "image_size": sizes.width_image_size}
             grow("width", width, lambda arguments=options | of_this_width: Bench(sizes, **arguments).growth())
-    return {"rows": rows, "limit": limit, "growth": growths}
+    return {"rows": rows, "limit": limit, "growth": growths, "peak_memory_bytes": peak_memory_bytes(bench.fabric.device)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -107,7 +116,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"The limit: a training step has {limit['operations'] / 1e9:.3g} G operations in matrix products and does "
         f"{limit['step_rate'] / 1e9:,.0f} G a second, **{limit['fraction']:.0%}** of the {limit['product_rate'] / 1e9:,.0f} G "
-        "a second of one large product in the same precision.",
+        f"a second of one large product in the same precision: {limit['images_per_second']:,.0f} images a second. Both sides and all rows "
+        f"together needed at most {result['peak_memory_bytes'] / 1e9:.2f} GB.",
     ]
     lines += ["", "What a task costs, this package / plain reference, against the number of tasks learned before, the rank, and the width."]
     for table in result["growth"].values():

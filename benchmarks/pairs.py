@@ -27,6 +27,7 @@ from inflora.methods.inflora import InfLoRA
 from inflora.results import Records, count_numbers
 from inflora.run import PRECISIONS
 from inflora.schedule import cosine99
+from inflora.seeding import seed_everything
 from inflora.subspace import design_branch
 from inflora.trackers import Tracker, Trackers
 from inflora.trainer import Meter, Trainer, evaluate, trainable_groups
@@ -148,30 +149,40 @@ class Bench:
             tolerance=self.tolerance,
         )
 
-    def subspace_row(self, learned: int | None = None) -> Row:
-        """Given covariances: the branches of all layers designed, and their memories updated."""
+    def design_row(self) -> Row:
+        """Given covariances: the branches of all layers."""
+        return self.subspace_row(updates=False)
+
+    def update_row(self) -> Row:
+        """Given covariances: what the memories of all layers protect next."""
+        return self.subspace_row(designs=False)
+
+    def subspace_row(self, learned: int | None = None, *, designs: bool = True, updates: bool = True) -> Row:
+        """Given covariances: the branches of all layers designed, and their memories updated, or one of the two."""
         learned = self.last.index if learned is None else learned
         method, model = self._twins(learned)
         moments, threshold = self._moments_of(learned), model.thresholds[learned]
 
         def fast() -> Subspaces:
             memories = copy.deepcopy(list(method.memory.values()))
-            designs = [design_branch(C, memory, self.rank) for C, memory in zip(moments, memories, strict=True)]
-            for C, memory in zip(moments, memories, strict=True):
-                memory.update(C, threshold)
-            return designs, [(memory.kind, memory.basis) for memory in memories]
+            found = [design_branch(C, memory, self.rank) for C, memory in zip(moments, memories, strict=True) if designs]
+            if updates:
+                for C, memory in zip(moments, memories, strict=True):
+                    memory.update(C, threshold)
+            return found, [(memory.kind, memory.basis) for memory in memories if updates]
 
         def plain() -> Subspaces:
             pairs = [(C.cpu(), memory) for C, memory in zip(moments, model.memories, strict=True)]
-            designs = [reference.design(C, memory, self.rank, SCALE) for C, memory in pairs]
-            return designs, [reference.update(memory, C, threshold) for C, memory in pairs]
+            found = [reference.design(C, memory, self.rank, SCALE) for C, memory in pairs if designs]
+            return found, [reference.update(memory, C, threshold) for C, memory in pairs if updates]
 
         def distance(fast: Subspaces, plain: Subspaces) -> float:
             designs = largest(fast[0], plain[0], lambda a, b: angle(a.mT, b.mT))
             return max(designs, largest(fast[1], plain[1], lambda a, b: angle(a[1], b[1]) if a[0] == b[0] else float("inf")))
 
+        parts = ["branch design"] * designs + ["DualGPM update"] * updates
         return compare(
-            "subspace design and DualGPM update, all layers",
+            f"{' and '.join(parts)}, all layers",
             fast,
             plain,
             turns=self.sizes.turns,
@@ -193,6 +204,35 @@ class Bench:
             turns=self.sizes.turns,
             measure="relative difference of a loss",
             distance=lambda fast, plain: relative(fast.losses()[-1], torch.tensor(plain)),
+            tolerance=self.tolerance,
+        )
+
+    def first_step_row(self) -> Row:
+        """A fresh model until its first step is done: the pass over the first task's images, all branches designed, one batch."""
+        first = self.sequence[0]
+
+        def fast() -> Tensor:
+            method = self._method()
+            seed_everything(SEED, "begin", 0)
+            with self.fabric.autocast():
+                method.begin_task(first)
+            return self._stepper(method)(*next(iter(first.batches("train", stream="fit")))).losses()[-1]
+
+        def plain() -> Tensor:
+            model = self._plain(len(self.sequence))
+            moments = model.moments(self.images.training(0, "moments_before"))
+            seed_everything(SEED, "begin", 0)
+            model.begin_task(moments, torch.nn.Linear(self.vit.num_features, 2).to(self.fabric.device))  # type: ignore[arg-type]
+            batch = next(iter(self.images.training(0, "fit")))
+            return torch.tensor(reference.step(model, torch.optim.Adam(model.trained(), lr=LR), *batch))
+
+        return compare(
+            "time to the first step",
+            fast,
+            plain,
+            turns=self.sizes.turns,
+            measure="relative difference of the loss",
+            distance=relative,
             tolerance=self.tolerance,
         )
 
@@ -252,8 +292,14 @@ class Bench:
         for _ in range(self.sizes.turns + 1):  # the first turn warms up
             product_s.append(timed(lambda: left @ right)[0])
             step_s.append(timed(lambda: step(x, y))[0])
-        rate, step_rate = 2 * size**3 / median(product_s[1:]), operations / median(step_s[1:])
-        return {"operations": operations, "step_rate": step_rate, "product_rate": rate, "fraction": step_rate / rate}
+        seconds, rate = median(step_s[1:]), 2 * size**3 / median(product_s[1:])
+        return {
+            "operations": operations,
+            "step_rate": operations / seconds,
+            "product_rate": rate,
+            "fraction": operations / seconds / rate,
+            "images_per_second": len(x) / seconds,
+        }
 
     def growth(self, learned: int | None = None) -> dict[str, Any]:
         """What a task costs after so many others: times as rows, sizes as pairs (this package, plain)."""

@@ -78,8 +78,8 @@ def _synchronize() -> None:
 
 
 def largest(fast: Iterable[Any], plain: Iterable[Any], distance: Callable[[Any, Any], float]) -> float:
-    """The largest distance of any pair."""
-    return max(distance(*pair) for pair in zip(fast, plain, strict=True))
+    """The largest distance of any pair; 0 if there is none."""
+    return max((distance(*pair) for pair in zip(fast, plain, strict=True)), default=0.0)
 
 
 def relative(fast: Tensor, plain: Tensor) -> float:

@@ -34,7 +34,7 @@ def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
     text = (tmp_path / "bench.md").read_text(encoding="utf-8")
     result = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert text in capsys.readouterr().out
-    assert len(result["rows"]) == 6
+    assert len(result["rows"]) == 8
     for row in result["rows"]:
         assert f"| {row['name']} | **{row['ratio']:.2f}** |" in text
         assert row["ratio"] == pytest.approx(row["plain_s"] / row["fast_s"])
@@ -42,6 +42,7 @@ def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
     assert result["settings"]["backbone"] == "toy" and result["settings"]["precision"] == "32"
     growth = {name: [line[name] for line in table] for name, table in result["growth"].items()}
     assert growth == {"tasks learned": [1, 2], "rank": [2], "width": [192]}
+    assert result["limit"]["images_per_second"] > 0 and result["peak_memory_bytes"] > 1e8
     assert 0 < result["limit"]["fraction"] < 1 and f"**{result['limit']['fraction']:.0%}**" in text
 
 

@@ -426,6 +426,14 @@ def test_a_compiled_run_finds_what_a_plain_one_finds_and_compiles_once(method, t
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_the_default_run_keeps_the_word_of_the_readme(tmp_path):
+    done = train_py("trainer.device=cpu", "trainer.progress=false", f"output_dir={tmp_path}")
+    found = summary_of(tmp_path)
+    assert found["last_accuracy"] > 40 and found["average_accuracy"] > 55
+    assert f"Report: {tmp_path}/report/report.html" in done.stdout
+
+
 # ---- several processes ---------------------------------------------------------------------------------------------------------------
 
 
