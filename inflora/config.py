@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, fields
@@ -129,8 +130,8 @@ def register() -> None:
 
 
 def folder_name(overrides: str) -> str:
-    """A job's overrides as the name of one folder: no slashes, and at most 200 bytes, of which the last are then a hash."""
-    name = overrides.replace("/", "_")
+    """A job's overrides as the name of one folder: no tracker settings, no slashes, at most 200 bytes (the last are then a hash)."""
+    name = re.sub(r"(^|,)tracker\.[^,=]+=[^,]*", "", overrides).lstrip(",").replace("/", "_")
     if len(name.encode()) <= 200:
         return name
     return f"{name.encode()[:190].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

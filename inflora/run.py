@@ -106,6 +106,8 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     finished = _look_up(folder, plain)
     if finished is not None:
         print(f"This run is finished: {folder}")
+        if not (folder / "report").exists():  # it was killed in between
+            report.write([folder], folder / "report")
         report.print_table(finished)
         return finished
     return _launch(make_fabric(plain["trainer"]), plain, origin)

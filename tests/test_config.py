@@ -256,6 +256,19 @@ def test_arguments_are_compared_with_their_types():
         config.check_arguments("method", {"_target_": "inflora.methods.infllora.X"})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("method=inflora,tracker.mode=offline,tracker.project=p", "method=inflora"),
+        ("tracker.mode=offline,seed=1", "seed=1"),
+        ("dataset.task_sizes=[5,5],seed=1", "dataset.task_sizes=[5,5],seed=1"),
+        ("dataset.root=a/b", "dataset.root=a_b"),
+    ],
+)
+def test_a_folder_name_tells_what_changes_results(overrides, name):
+    assert config.folder_name(overrides) == name
+
+
 def test_folders_of_a_sweep_are_named_by_what_changes_results():
     (found,) = re.findall(r"exclude_keys:\n((?: +- .+\n)+)", (CONF / "config.yaml").read_text(encoding="utf-8"))
     assert set(yaml.safe_load(found)) == RESULT_FREE

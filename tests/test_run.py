@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -270,6 +271,13 @@ def test_a_finished_run_is_looked_up(finished, capsys):
     printed = capsys.readouterr().out
     assert f"This run is finished: {finished}" in printed
     assert f"{found['last_accuracy']:.2f}" in printed
+
+
+def test_a_report_that_a_kill_prevented_is_written_when_the_run_is_looked_up(finished, tmp_path, monkeypatch):
+    monkeypatch.undo()  # with the report
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    run_toy(tmp_path / "run")
+    assert (tmp_path / "run" / "report" / "report.html").exists()
 
 
 def test_a_finished_run_is_looked_up_from_any_machine(finished):
