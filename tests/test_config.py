@@ -155,6 +155,8 @@ def test_debug_shrinks_everything_but_what_is_typed():
     cfg = compose_valid("debug=default", "dataset=cifar100_10task")
     assert (cfg.trainer.epochs, cfg.dataset.max_train_per_class) == (1, 8)
     assert compose_valid("debug=default", "trainer.epochs=2").trainer.epochs == 2
+    experiment = compose_valid("debug=default", "experiment=cifar100_methods")
+    assert (experiment.trainer.epochs, experiment.dataset.max_train_per_class) == (1, 8)
 
 
 def test_every_key_the_core_reads_has_a_type():
