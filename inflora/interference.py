@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from inflora import lora
+from inflora.backbone import run_until
 from inflora.data.tasks import Task
 from inflora.parts.collective import sum_over_processes
 
@@ -57,12 +58,13 @@ class InterferenceProbe:
 
             handles.callback(layers[name].register_forward_pre_hook(hook).remove)
 
+        *_, last = layers.values()  # in the order of the blocks
         with ExitStack() as handles:
             for row, name in enumerate(layers):
                 listen(row, name)
             for x, _ in task.test_batches(limit=self.num_images):
                 if len(x):
-                    before(x)
+                    run_until(last, before, x)
         sum_over_processes(sums)
         return (sums[:, 0] / sums[:, 1]).sqrt().tolist()
 

@@ -147,7 +147,7 @@ def kv_rows(embed_dim: int) -> tuple[slice, slice]:
 
 
 def chosen_blocks(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> list[int]:
-    """The 0-based numbers of a timm ViT's blocks.
+    """The 0-based numbers of a timm ViT's blocks, from the input on.
 
     Args:
         vit: the transformer.
@@ -162,7 +162,7 @@ def chosen_blocks(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> 
     chosen = list(range(depth)) if blocks is None else list(blocks)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(depth)):
         raise ValueError(f"method.blocks={chosen} does not fit this backbone; choose distinct numbers from 0..{depth - 1}, or null for all")
-    return chosen
+    return sorted(chosen)
 
 
 def qkv_names(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> list[str]:

@@ -429,7 +429,7 @@ def test_merged_copy_is_plain_and_leaves_the_model_alone() -> None:
 def test_names_of_the_projections() -> None:
     model = tiny_vit(depth=3)
     assert lora.qkv_names(model) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.2.attn.qkv"]
-    assert lora.qkv_names(model, [2, 0]) == ["blocks.2.attn.qkv", "blocks.0.attn.qkv"]
+    assert lora.qkv_names(model, [2, 0]) == ["blocks.0.attn.qkv", "blocks.2.attn.qkv"], "from the input on"
     for blocks in ([3], [-1], [0, 0], []):
         with pytest.raises(
             ValueError, match=r"method\.blocks=\[.*\] does not fit this backbone; choose distinct numbers from 0\.\.2, or null"
