@@ -45,6 +45,9 @@ Twins = tuple[InfLoRA, reference.PlainInfLoRA]
 Subspaces = tuple[list[Tensor], list[reference.Memory]]
 """For every layer: lora_A, and what the memory holds."""
 
+FirstStep = tuple[Tensor, list[Tensor]]
+"""The loss, and for every layer the transposed lora_A."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -52,7 +55,7 @@ class Sizes:
 
     Attributes:
         batch_size: images per training step; four times as many in evaluation.
-        images: training images per class; half as many for testing.
+        images: training images per class, and at most half as many for testing.
         tasks: tasks of two digits each, 1..5.
         epochs: of the whole run, per task.
         turns: how often each side is timed; the whole run `run_turns` times.
@@ -211,28 +214,30 @@ class Bench:
         """A fresh model until its first step is done: the pass over the first task's images, all branches designed, one batch."""
         first = self.sequence[0]
 
-        def fast() -> Tensor:
+        def fast() -> FirstStep:
             method = self._method()
             seed_everything(SEED, "begin", 0)
             with self.fabric.autocast():
                 method.begin_task(first)
-            return self._stepper(method)(*next(iter(first.batches("train", stream="fit")))).losses()[-1]
+            loss = self._stepper(method)(*next(iter(first.batches("train", stream="fit")))).losses()[-1]
+            return loss, [branch.lora_A.mT for branch in method.branches.values()]
 
-        def plain() -> Tensor:
+        def plain() -> FirstStep:
             model = self._plain(len(self.sequence))
             moments = model.moments(self.images.training(0, "moments_before"))
             seed_everything(SEED, "begin", 0)
             model.begin_task(moments, torch.nn.Linear(self.vit.num_features, 2).to(self.fabric.device))  # type: ignore[arg-type]
             batch = next(iter(self.images.training(0, "fit")))
-            return torch.tensor(reference.step(model, torch.optim.Adam(model.trained(), lr=LR), *batch))
+            loss = torch.tensor(reference.step(model, torch.optim.Adam(model.trained(), lr=LR), *batch))
+            return loss, [attention.lora_A[-1].mT for attention in model.attentions]
 
         return compare(
             "time to the first step",
             fast,
             plain,
             turns=self.sizes.turns,
-            measure="relative difference of the loss",
-            distance=relative,
+            measure="relative difference of the loss, or principal angle of a branch in rad",
+            distance=lambda fast, plain: max(relative(fast[0], plain[0]), largest(fast[1], plain[1], angle)),
             tolerance=self.tolerance,
         )
 

@@ -6,10 +6,10 @@ registered by a module, which its name begins with: `my_package.backbone:my_vit.
 
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import nn
 
 from inflora.checkpoint import sha256_file
 from inflora.data.download import check_reachable
@@ -271,25 +271,6 @@ def tensors_sha256(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-class _Reached(Exception):
-    """Ends a forward pass."""
-
-
-def run_until(layer: nn.Module, model: Callable[[Tensor], Any], x: Tensor) -> None:
-    """Run `model` on `x` as far as the call of `layer`, for hooks that only want what comes before: they still see the layer's input."""
-
-    def end(*_: Any) -> NoReturn:
-        raise _Reached
-
-    handle = layer.register_forward_pre_hook(end)
-    try:
-        model(x)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 def write_out_attention(model: nn.Module) -> None:

@@ -114,7 +114,12 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> None:
         from inflora.checkpoint import WriteError
-        from inflora.run import USER_ERRORS, Origin, run  # torch takes seconds to import: a misspelt key should not wait for it
+        from inflora.run import (  # torch takes seconds to import: a misspelt key should not wait for it
+            USER_ERRORS,
+            Origin,
+            run,
+            started_by_launcher,
+        )
         from inflora.trainer import Interrupted
 
         hydra_config = HydraConfig.get()
@@ -123,7 +128,10 @@ class Job:
                 _say_fault("a multirun makes one folder for each job; set hydra.sweep.dir=FOLDER instead of output_dir")
                 sys.exit(EXIT_FAULT)  # unlike a failed job, this stops the sweep
             cfg.output_dir = hydra_config.runtime.output_dir
+        started = None
         try:
+            started = started_by_launcher(cfg.trainer.num_devices)
+            _check_scheduler(cfg, hydra_config)
             names = {group: hydra_config.runtime.choices[group] for group in ("method", "dataset", "backbone")}
             run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config)))
         except (Interrupted, KeyboardInterrupt) as stop:
@@ -132,7 +140,8 @@ class Job:
             command = shlex.join(["python", "train.py", f"output_dir={cfg.output_dir}", *overrides])
             if hydra_config.mode == RunMode.MULTIRUN:
                 command = "the same command"
-            Console(stderr=True).print(f"Stopped; {saved}. To continue:\n  {_escape(command)}", highlight=False, soft_wrap=True)
+            if started is None or started.rank == 0:
+                Console(stderr=True).print(f"Stopped; {saved}. To continue:\n  {_escape(command)}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_STOPPED)
         except USER_ERRORS as error:
             if self.show_traceback:
@@ -143,13 +152,26 @@ class Job:
                 text += "; put that right and run the same command again"
                 if hydra_config.mode == RunMode.RUN and not any(each.startswith("output_dir=") for each in hydra_config.overrides.task):
                     text += f" with output_dir={cfg.output_dir}"
-            _say_fault(text)
+            if started is None or started.rank == 0:  # the others end for the same reason
+                _say_fault(text)
         else:
             return
         # Out of the handler, so that the error and what its frames hold, locks among it, do not live on as the context of another.
         if hydra_config.mode == RunMode.MULTIRUN:
             raise JobFailed  # the other jobs still have their turn
         sys.exit(EXIT_FAULT)
+
+
+def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
+    """A recipe may bring the schedule of its pair; one that is typed is to win, and cannot.
+
+    Raises:
+        ValueError: if both are there.
+    """
+    choice, found = hydra_config.runtime.choices.scheduler, str(cfg.scheduler._target_)
+    is_typed = any(override.startswith("scheduler=") for override in hydra_config.overrides.task)
+    if is_typed and f"inflora.schedule.{choice}" != found and found.startswith("inflora.schedule."):
+        raise ValueError(f"scheduler={choice} does not change the schedule that the recipe of this pair brings ({found}); add ~recipe")
 
 
 def applied_files(hydra_config: Any) -> Iterator[str]:
@@ -200,8 +222,8 @@ def _composition_fault(error: Exception, arguments: Sequence[str]) -> str:
         return f"{group}={choice} is not known; choose one of {', '.join(plugins.choices(group))}"
     if match := re.search(r"Could not override '([\w.]+)'", text):
         key = match[1]
-        if inner := re.search(rf"full_key: {re.escape(key)}\.(\S+)", str(error.__cause__)):
-            return f"{key} takes further keys one by one; write +{key}.{inner[1]}=VALUE"
+        if key == "dataset.options":  # the only key that is free inside
+            return "dataset.options takes its keys one by one; write +dataset.options.KEY=VALUE"
         near = difflib.get_close_matches(key, _known_keys(arguments, key), n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else config.ALL_KEYS
         return f"{key} is not a key of this configuration; {hint}"

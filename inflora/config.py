@@ -131,7 +131,7 @@ def register() -> None:
 
 def folder_name(overrides: str) -> str:
     """A job's overrides as the name of one folder: no tracker settings, no slashes, at most 200 bytes (the last are then a hash)."""
-    name = re.sub(r"(^|,)tracker\.[^,=]+=[^,]*", "", overrides).lstrip(",").replace("/", "_")
+    name = re.sub(r"(^|,)\+{0,2}tracker\.[^,=]+=(\[[^\]]*\]|[^,]*)", "", overrides).lstrip(",").replace("/", "_")
     if len(name.encode()) <= 200:
         return name
     return f"{name.encode()[:190].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -149,7 +149,7 @@ def check(cfg: DictConfig) -> None:
         # `+key=value` adds to what the schema names, and nobody would read it.
         known = {"": RunConfig, "dataset.": DatasetConfig, "backbone.": BackboneConfig, "trainer.": TrainerConfig}
         for prefix, schema in known.items():
-            added = sorted(set(cfg[prefix[:-1]] if prefix else cfg) - {each.name for each in fields(schema)})
+            added = sorted(set(cfg[prefix[:-1]] if prefix else cfg) - {each.name for each in fields(schema)} - {"hydra"})
             faults += [f"{prefix}{key} is not a key of this configuration; {ALL_KEYS}" for key in added]
         for key, allowed in CHOICES.items():
             value = str(OmegaConf.select(cfg, key))

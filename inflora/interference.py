@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from inflora import lora
-from inflora.backbone import run_until
 from inflora.data.tasks import Task
 from inflora.parts.collective import sum_over_processes
 
@@ -64,7 +63,7 @@ class InterferenceProbe:
                 listen(row, name)
             for x, _ in task.test_batches(limit=self.num_images):
                 if len(x):
-                    run_until(last, before, x)
+                    lora.run_until(last, before, x)
         sum_over_processes(sums)
         return (sums[:, 0] / sums[:, 1]).sqrt().tolist()
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,28 @@ def chosen_blocks(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> 
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(depth)):
         raise ValueError(f"method.blocks={chosen} does not fit this backbone; choose distinct numbers from 0..{depth - 1}, or null for all")
     return sorted(chosen)
+
+
+class _Reached(Exception):
+    """Ends a forward pass."""
+
+
+def run_until(layer: nn.Module, model: Callable[[Tensor], Any], x: Tensor) -> None:
+    """Run `model` on `x` as far as the call of `layer`, for hooks that only want what comes before: they still see the layer's input.
+
+    It ends at the first call: a model that calls the layer several times in a pass needs a whole one.
+    """
+
+    def end(*_: Any) -> NoReturn:
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(end)
+    try:
+        model(x)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
 
 
 def qkv_names(vit: nn.Module, blocks: Sequence[int] | int | None = None) -> list[str]:

@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch.multiprocessing import ProcessExitedException
 
@@ -106,9 +105,9 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     finished = _look_up(folder, plain)
     if finished is not None:
         print(f"This run is finished: {folder}")
-        if not (folder / "report").exists():  # it was killed in between
-            report.write([folder], folder / "report")
         report.print_table(finished)
+        if not (folder / "report" / "report.html").exists():  # it was killed in between
+            print(f"It has no report yet; python -m inflora.report {folder} --out {folder / 'report'} writes it")
         return finished
     return _launch(make_fabric(plain["trainer"]), plain, origin)
 
@@ -119,14 +118,14 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
     has_device = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
     if not has_device:
         raise ValueError(f"trainer.device={device}, but torch finds no such device on this machine; choose auto or cpu")
-    started = _started(processes)
+    started = started_by_launcher(processes)
     if started is not None and processes != started.total:
         raise ValueError(
             f"trainer.num_devices={processes}, but {started.by} started {started.total} processes; set trainer.num_devices={started.total}"
         )
     here = processes if started is None else started.here
     if torch.cuda.is_available() and device in ("auto", "cuda") and here > torch.cuda.device_count():
-        raise ValueError(f"trainer.num_devices={processes} exceeds the {torch.cuda.device_count()} CUDA devices of this machine")
+        raise ValueError(f"{here} processes on this machine exceed its {torch.cuda.device_count()} CUDA devices; lower trainer.num_devices")
     is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
     if is_cpu and trainer["precision"] == "16":
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
@@ -136,37 +135,45 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         num_nodes=processes // here,
         strategy="auto" if processes == 1 else "ddp" if started else "ddp_spawn",
         precision=PRECISIONS[trainer["precision"]],  # type: ignore[arg-type]
+        plugins=None if started else [LightningEnvironment()],  # inside a Slurm job, Fabric would wait for tasks that nobody started
     )
 
 
-class _Started(NamedTuple):
-    """Processes of this run that a launcher has started, this one among them: by whom, how many, and how many on this machine."""
+class Started(NamedTuple):
+    """Processes of one run that a launcher has started: by whom, how many, how many on this machine, and which of them this one is."""
 
     by: str
     total: int
     here: int
+    rank: int
 
 
-def _started(processes: int) -> _Started | None:
-    """None where the run starts its own processes."""
+def started_by_launcher(processes: int) -> Started | None:
+    """What torchrun or srun has started for a run of so many processes; None where the run starts its own.
+
+    Raises:
+        ValueError: if srun was not told how many tasks each machine has.
+    """
     environment = os.environ
     if TorchElasticEnvironment.detect():
         total = int(environment["WORLD_SIZE"])
-        return _Started("torchrun", total, int(environment.get("LOCAL_WORLD_SIZE", total)))
-    if processes > 1 and SLURMEnvironment.detect() and (total := int(environment["SLURM_NTASKS"])) > 1:
-        return _Started("srun", total, total // int(environment.get("SLURM_NNODES", 1)))
-    return None
+        return Started("torchrun", total, int(environment.get("LOCAL_WORLD_SIZE", total)), int(environment["RANK"]))
+    total = int(environment.get("SLURM_STEP_NUM_TASKS", 1))  # of the srun step; a batch script of many tasks is one process
+    if processes == 1 or total == 1 or not SLURMEnvironment.detect():
+        return None
+    if "SLURM_NTASKS_PER_NODE" not in environment:
+        raise ValueError("srun has to say how many tasks each machine has; add --ntasks-per-node=NUMBER to it")
+    return Started("srun", total, total // int(environment.get("SLURM_NNODES", 1)), int(environment["SLURM_PROCID"]))
 
 
 def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     processes = plain["trainer"]["num_devices"]
-    spawns = processes > 1 and _started(processes) is None
+    spawns = processes > 1 and started_by_launcher(processes) is None
     with _stop_signals_handed_on() if spawns else contextlib.nullcontext():
         outcome = fabric.launch(_process, plain, origin)  # type: ignore[arg-type]  # it passes the arguments on
     if isinstance(outcome, BaseException):
         if fabric.global_rank > 0:
             time.sleep(LAST_WORDS_S)
-            sys.exit(1)
         raise outcome
     return outcome
 
@@ -203,8 +210,11 @@ def _stop_signals_handed_on() -> Iterator[None]:
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
     # Processes that a launcher has started have each composed the configuration, and the default folder has the time in its name.
-    plain = {**plain, "output_dir": fabric.broadcast(plain["output_dir"])}
-    folder = Path(plain["output_dir"])
+    own, folder = Path(plain["output_dir"]), Path(fabric.broadcast(plain["output_dir"]))
+    plain = {**plain, "output_dir": str(folder)}
+    if own != folder:
+        with contextlib.suppress(OSError):
+            own.rmdir()  # Hydra made it; empty
     try:
         with contextlib.ExitStack() as held:
             with failing_together():

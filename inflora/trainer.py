@@ -198,9 +198,11 @@ class Trainer:
         ids_of_parts = ids.tensor_split(parts)
         losses = [self._losses(method, *part, global_size) for part in zip(images, labels, strict=True)]
         while True:
-            total = None
+            total, state = None, torch.get_rng_state() if parts > 1 else None
             for part, part_losses in enumerate(losses):
                 method.sample_ids = ids_of_parts[part]
+                if part and state is not None:  # what is drawn by image (dropout, replay) is to be what the whole batch draws
+                    torch.set_rng_state(state)
                 try:
                     loss = next(part_losses)
                 except StopIteration:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inflora import backbone
-from inflora.backbone import SHIPPED_WEIGHTS, Backbone, build_backbone, load_checkpoint, run_until, tensors_sha256, write_out_attention
+from inflora.backbone import SHIPPED_WEIGHTS, Backbone, build_backbone, load_checkpoint, tensors_sha256, write_out_attention
 
 SMALL = "test_vit.r160_in1k"
 """timm's own smallest vision transformer: 160 pixels, patches of 16, width 64."""
@@ -338,27 +338,3 @@ def test_attention_written_out_is_the_same_function():
         found.append([model(x.double()), *(parameter.grad for parameter in model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-# ---- parts of a forward pass -------------------------------------------------------------------------------------------------------
-
-
-def test_a_pass_ends_at_the_layer_whose_input_is_wanted():
-    vit = toy.toy_vit().eval()
-    x, seen, called = torch.rand(2, 3, toy.IMAGE_SIZE, toy.IMAGE_SIZE), [], []
-    wanted = vit.blocks[1].attn.qkv
-    for name, module in vit.named_modules():
-        module.register_forward_hook(lambda *_, name=name: called.append(name))
-    wanted.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    run_until(wanted, vit, x)
-    assert "blocks.1.norm1" in called and not {"blocks.1.attn.qkv", "blocks.1.mlp", "norm", ""} & set(called)
-    vit(x)
-    assert "norm" in called
-    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
-
-
-def test_a_fault_in_a_pass_that_ends_early_is_not_swallowed():
-    vit = toy.toy_vit()
-    with pytest.raises(AssertionError):
-        run_until(vit.blocks[1].attn.qkv, vit, torch.rand(2, 3, 2 * toy.IMAGE_SIZE, toy.IMAGE_SIZE))
-    assert not vit.blocks[1].attn.qkv._forward_pre_hooks

@@ -263,6 +263,7 @@ def test_arguments_are_compared_with_their_types():
     [
         ("method=inflora,tracker.mode=offline,tracker.project=p", "method=inflora"),
         ("tracker.mode=offline,seed=1", "seed=1"),
+        ("+tracker.tags=[a,b],++tracker.x=1,seed=1", "seed=1"),
         ("dataset.task_sizes=[5,5],seed=1", "dataset.task_sizes=[5,5],seed=1"),
         ("dataset.root=a/b", "dataset.root=a_b"),
     ],

@@ -24,6 +24,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(CONTENT)
 
     def do_HEAD(self) -> None:
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", "/file")
+            self.end_headers()
+            return
         if self.path != "/file":
             self.send_error(404)
             return
@@ -75,7 +80,7 @@ def test_refused_connection(tmp_path: Path) -> None:
 
 
 def test_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_S", 0.2)
+    monkeypatch.setattr(module, "STALL_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -91,7 +96,7 @@ def test_hanging_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         release.wait(10)
         raise socket.gaierror("no such name")
 
-    monkeypatch.setattr(module, "ANSWER_S", 0.2)
+    monkeypatch.setattr(module, "STALL_S", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="nothing arrived for 0 seconds"):
@@ -101,12 +106,13 @@ def test_hanging_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_default_patience() -> None:
-    assert (module.ANSWER_S, module.STALL_S) == (8, 15)
+    assert (module.ANSWER_S, module.STALL_S) == (5, 15)
 
 
 def test_a_server_that_answers_is_reachable_whatever_it_says(server: str) -> None:
     module.check_reachable(f"{server}/file")
     module.check_reachable(f"{server}/other")
+    module.check_reachable(f"{server}/elsewhere")
 
 
 def test_a_server_that_refuses_is_not(tmp_path: Path) -> None:

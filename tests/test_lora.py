@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import toy
 from torch import Tensor, nn
 
 from inflora import lora
@@ -562,3 +563,27 @@ def test_sgd_on_the_branch_is_projected_sgd_on_the_weight(scale: float) -> None:
         with torch.no_grad():
             full.weight[8:] -= lr * scale**2 * gradient[8:] @ rows.mT @ rows
         assert torch.allclose(lora.effective_weight(module), full.weight, atol=1e-12)
+
+
+# ---- parts of a forward pass -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_ends_at_the_layer_whose_input_is_wanted():
+    vit = toy.toy_vit().eval()
+    x, seen, called = torch.rand(2, 3, toy.IMAGE_SIZE, toy.IMAGE_SIZE), [], []
+    wanted = vit.blocks[1].attn.qkv
+    for name, module in vit.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    wanted.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    lora.run_until(wanted, vit, x)
+    assert "blocks.1.norm1" in called and not {"blocks.1.attn.qkv", "blocks.1.mlp", "norm", ""} & set(called)
+    vit(x)
+    assert "norm" in called
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+
+
+def test_a_fault_in_a_pass_that_ends_early_is_not_swallowed():
+    vit = toy.toy_vit()
+    with pytest.raises(AssertionError):
+        lora.run_until(vit.blocks[1].attn.qkv, vit, torch.rand(2, 3, 2 * toy.IMAGE_SIZE, toy.IMAGE_SIZE))
+    assert not vit.blocks[1].attn.qkv._forward_pre_hooks

@@ -103,14 +103,24 @@ def test_the_size_of_test_batches_changes_no_number(method, cli, tmp_path):
 @here
 @every_method
 def test_batches_come_in_parts(method, cli, tmp_path):
-    """Losses that compare the images of a batch, and dropout, see parts: the numbers may be others, but every step is the whole batch's."""
     steps = {}
     for parts in (1, 3):
         with pytest.MonkeyPatch.context() as patch:
             steps[parts] = count_steps(patch)
-            finish(cli, tmp_path / str(parts), *toy_arguments(method), f"trainer.grad_accumulation={parts}")
-        assert all(value.isfinite().all() for value in weights(tmp_path / str(parts)).values())
+            finish(cli, tmp_path / str(parts), *by_image(method), f"trainer.grad_accumulation={parts}")
     assert steps[3] == steps[1]
+    assert_close(tmp_path / "3", tmp_path / "1")
+
+
+def by_image(method: str) -> list[str]:
+    """Arguments of a toy run in which it makes no difference what a batch is cut into.
+
+    Without the losses that compare the images of a batch. With SGD: Adam makes much of a rounding where a gradient is almost zero, and
+    nothing of a gradient that is twice too large.
+    """
+    settings = compose_config(f"method={method}").method
+    without = [f"method.{key}=0" for key in settings if key in ("contrast", "triplet")]
+    return [*toy_arguments(method), *without, "optimizer=sgd", "optimizer.lr=0.02"]
 
 
 def count_steps(patch: pytest.MonkeyPatch) -> list[int]:
@@ -164,15 +174,8 @@ def test_a_sixth_task_is_added_to_five_of_one_class_and_one_epoch(method, cli, t
 @here
 @every_method
 def test_two_processes_do_what_one_does(method, cli, tmp_path):
-    """Of the sixty images of a task the last is a batch of its own, and one of two processes gets nothing of it.
-
-    With SGD: Adam makes much of a rounding where a gradient is almost zero, and nothing of a gradient that is twice too large. Without
-    what tells the images of a process apart.
-    """
-    settings = compose_config(f"method={method}").method
-    without = [f"method.{key}=0" for key in settings if key in ("contrast", "triplet")]
-    images = ["+dataset.options.train=30", "trainer.batch_size=59"]
-    arguments = [*toy_arguments(method), *TINY_VIT, *without, *images, "optimizer=sgd", "optimizer.lr=0.02"]
+    """Of the sixty images of a task the last is a batch of its own, and one of two processes gets nothing of it."""
+    arguments = [*by_image(method), *TINY_VIT, "+dataset.options.train=30", "trainer.batch_size=59"]
     for name, processes in (("one", 1), ("two", 2)):
         finish(cli, tmp_path / name, *arguments, f"trainer.num_devices={processes}")
     assert_close(tmp_path / "two", tmp_path / "one")

@@ -27,7 +27,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
-from inflora.run import Origin, _stop_signals_handed_on, run
+from inflora.run import Origin, _stop_signals_handed_on, run, started_by_launcher
 from inflora.trackers import read_matrix
 from inflora.trainer import Interrupted, Trainer
 
@@ -273,11 +273,10 @@ def test_a_finished_run_is_looked_up(finished, capsys):
     assert f"{found['last_accuracy']:.2f}" in printed
 
 
-def test_a_report_that_a_kill_prevented_is_written_when_the_run_is_looked_up(finished, tmp_path, monkeypatch):
-    monkeypatch.undo()  # with the report
-    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+def test_a_run_whose_report_a_kill_prevented_says_how_to_write_it(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
     run_toy(tmp_path / "run")
-    assert (tmp_path / "run" / "report" / "report.html").exists()
+    assert f"python -m inflora.report {tmp_path / 'run'} --out {tmp_path / 'run' / 'report'}" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_looked_up_from_any_machine(finished):
@@ -485,8 +484,9 @@ def launched(by: str, rank: int, port: int) -> tuple[list[str], dict[str, str]]:
         nodes = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
         return [sys.executable, "-m", "torch.distributed.run", *nodes, str(ROOT / "train.py")], {}
     slurm = {
-        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
-        "SLURM_NODEID": str(rank), "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2",
+        "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_JOB_NAME": "run", "SLURM_JOB_ID": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     return [sys.executable, str(ROOT / "train.py")], slurm
 
@@ -514,7 +514,8 @@ def test_two_machines(by, tmp_path):
         time.sleep(1.5)  # so that the times in the names of the two default folders differ
     said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said[0][1]
-    (summary,) = tmp_path.glob("outputs/*/*/*/*/summary.json")
+    (folder,) = tmp_path.glob("outputs/*/*/*/*")
+    summary = folder / "summary.json"
     assert num_rows(summary.parent) == 5
     assert "task 4: accuracy" in said[0][1] and "task 4: accuracy" not in said[1][1] and "Report:" not in said[1][0]
 
@@ -592,6 +593,23 @@ def test_torchrun_and_the_configuration_must_agree_on_the_processes(tmp_path, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"trainer.num_devices=1, but torchrun started 2 processes; set trainer.num_devices=2"):
         run_toy(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_slurm(tmp_path, monkeypatch):
+    """A batch script of many tasks is one process; the steps of srun are many, and have to say how they are spread."""
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    assert started_by_launcher(4) is None
+    for name, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert started_by_launcher(1) is None, "runs of their own"
+    with pytest.raises(ValueError, match="add --ntasks-per-node=NUMBER"):
+        started_by_launcher(4)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    assert started_by_launcher(4) == ("srun", 4, 2, 3)
+    with pytest.raises(ValueError, match=r"trainer.num_devices=2, but srun started 4 processes; set trainer.num_devices=4"):
+        run_toy(tmp_path / "run", "trainer.num_devices=2")
     assert not (tmp_path / "run").exists()
 
 

@@ -14,19 +14,19 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 STALL_S = 15.0
-"""Seconds without a byte before a download gives up that had begun."""
+"""Seconds without a byte before a download gives up."""
 
-ANSWER_S = 8.0
-"""Seconds that a server has for its first byte: half a minute is to be enough to ask two of them and find that there is no network."""
+ANSWER_S = 5.0
+"""Seconds that a server has to answer a short question: with a download that stalls, still less than half a minute."""
 
 
 def download(url: str, path: Path, md5: str) -> None:
     """Fetch `url` to `path`, which appears only when complete and of the right checksum.
 
     Raises:
-        ConnectionError: with the reason, if nothing arrives for `ANSWER_S`, later for `STALL_S`, or the server or the checksum says no.
+        ConnectionError: with the reason, if nothing arrives for `STALL_S`, or the server or the checksum says no.
     """
-    arriving = _arriving(url)
+    arriving = _arriving(urllib.request.Request(url), STALL_S)
     first = next(arriving)  # before anything is created on disk
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.part")
@@ -56,24 +56,22 @@ def check_reachable(url: str) -> None:
         ConnectionError: with the reason, if it does not answer within `ANSWER_S`.
     """
     try:
-        next(_arriving(url, method="HEAD"))
+        next(_arriving(urllib.request.Request(url, method="HEAD"), ANSWER_S))
     except ConnectionError as error:
         if not isinstance(error.__cause__, HTTPError):  # which is an answer too
             raise
 
 
-def _arriving(url: str, method: str = "GET") -> Iterator[tuple[int, bytes]]:
-    """Pairs (bytes of the whole file or 0, next block), the last block empty."""
+def _arriving(request: urllib.request.Request, patience: float) -> Iterator[tuple[int, bytes]]:
+    """Pairs (bytes of the whole file or 0, next block), the last block empty, each within `patience` seconds."""
     blocks: queue.Queue[tuple[int, bytes] | Exception] = queue.Queue(maxsize=64)
     # A thread that may be abandoned: no socket timeout covers a hanging name look-up.
-    threading.Thread(target=_fetch, args=(urllib.request.Request(url, method=method), blocks), daemon=True).start()
-    patience = ANSWER_S
+    threading.Thread(target=_fetch, args=(request, blocks), daemon=True).start()
     while True:
         try:
             item = blocks.get(timeout=patience)
         except queue.Empty:
             raise ConnectionError(f"nothing arrived for {patience:.0f} seconds") from None
-        patience = STALL_S
         if isinstance(item, Exception):
             raise ConnectionError(str(getattr(item, "reason", item))) from item
         yield item
@@ -85,6 +83,9 @@ def _fetch(request: urllib.request.Request, blocks: "queue.Queue[tuple[int, byte
     """Put everything that arrives, or the exception, into `blocks`."""
     try:
         with urllib.request.urlopen(request, timeout=STALL_S) as response:
+            if request.method == "HEAD":  # urllib asks for everything where it is redirected: leave it there
+                blocks.put((0, b""))
+                return
             total = int(response.headers["Content-Length"] or 0)
             while block := response.read1(2**18):  # whatever is there: a slow transfer is no stall
                 blocks.put((total, block))

@@ -37,9 +37,9 @@ class HidePrompt(PromptMethod):
 
     Readings: the code trains the classifier of tasks in a run of its own, with other epochs and rates; its parameters are disjoint from the
     rest, so here it trains in the same epochs, at optimizer.head_lr (`trainer.grad_clip` sees the gradients of both together, the code
-    each alone). The code mixes up keys and values of the images of a batch (the
-    reshape of the DualPrompt port); here they stay apart. `length` counts tokens for keys and values together (10 for the code's 5).
-    With several processes each contrasts its own images, as in the code.
+    each alone). The code mixes up keys and values of the images of a batch (the reshape of the DualPrompt port); here they stay apart.
+    `length` counts tokens for keys and values together (10 for the code's 5). With several processes each contrasts its own images, as in
+    the code.
 
     Args:
         backbone: a timm vision transformer without head.

@@ -77,6 +77,8 @@ class InfLoRA(LowRankMethod):
                     design_branch(moments[name], self.memory[name], self.rank, decomposition=self.decomposition, scale=self.lora_A_scale)
                 )
         short = [warning.message for warning in caught if warning.category is MissingDirectionsWarning]
+        for other in (warning for warning in caught if warning.category is not MissingDirectionsWarning):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
         if short:
             few = f"{len(short)} of {len(self.targets)} layers have too little space left for their branch"
             log.warning("task %d: %s; the first: %s", task.index, few, short[0])

@@ -14,10 +14,9 @@ class LwF(DistilledMethod):
     (`parts.distillation`), from a frozen copy of the model as the last task left it. No old image is kept.
 
     Code: the authors' is for MatConvNet (github.com/lizhitwo/LearningWithoutForgetting); PyCIL (models/lwf.py), mammoth (models/lwf.py).
-    Trains: one branch on keys and values (`variant=peft`, ours: the authors and
-    these codes train every weight, `variant=full`), and all heads. Stores between tasks: the model, and again what of it trains: the
-    factors, 4 * num_blocks * rank * embed_dim floats (or the backbone), and the heads, (embed_dim + 1) floats per class, the only part
-    that grows.
+    Trains: one branch on keys and values (`variant=peft`, ours: the authors and these codes train every weight, `variant=full`), and all
+    heads. Stores between tasks: the model, and again what of it trains: the factors, 4 * num_blocks * rank * embed_dim floats (or the
+    backbone), and the heads, (embed_dim + 1) floats per class, the only part that grows.
 
     Readings: distillation without temperature^2, jointly over the old classes (the paper: per old task), with the softmax over the new
     classes apart, as PyCIL; mammoth trains the softmax over all seen classes, and takes the old scores once, without augmentation.

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from inflora import lora
-from inflora.backbone import run_until
 from inflora.data.tasks import Task
 from inflora.method import Method
 from inflora.parts.collective import sum_over_processes
@@ -95,7 +94,7 @@ class LowRankMethod(Method):
         with torch.no_grad(), CovarianceAccumulator(layers, reduce=sum_over_processes) as moments:  # type: ignore[arg-type]
             for x, _ in task.batches("train", stream=stream):
                 if len(x):
-                    run_until(layers[self.targets[-1]], self.features, x)
+                    lora.run_until(layers[self.targets[-1]], self.features, x)
         return {name: moments.covariance(name) for name in self.targets}
 
     def branch_parameters(self) -> list[Tensor]:
