@@ -83,7 +83,7 @@ def _fetch(request: urllib.request.Request, blocks: "queue.Queue[tuple[int, byte
     """Put everything that arrives, or the exception, into `blocks`."""
     try:
         with urllib.request.urlopen(request, timeout=STALL_S) as response:
-            if request.method == "HEAD":  # urllib asks for everything where it is redirected: leave it there
+            if request.get_method() == "HEAD":  # urllib asks for everything where it is redirected: leave it there
                 blocks.put((0, b""))
                 return
             total = int(response.headers["Content-Length"] or 0)
