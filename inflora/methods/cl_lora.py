@@ -1,12 +1,12 @@
 """CL-LoRA: continual low-rank adaptation (He et al., CVPR 2025, arXiv 2505.24816)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from inflora import lora
 from inflora.classifier import ClassCounts
@@ -140,8 +140,7 @@ class CLLoRA(Method):
     def loss(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
         assert self.classifier is not None
         if len(self.paths):
-            with self.reassigned_gradients():
-                yield self.distillation_weight * self.distillation_loss(x)
+            yield self.distillation_weight * self.distillation_loss(x)
         scores, y = self.classifier(self.features(x)), y - self.num_old_classes
         self.observe(scores, y)
         yield F.cross_entropy(scores, y) + self.orthogonality * self.block_weight_overlap()
@@ -153,21 +152,18 @@ class CLLoRA(Method):
         """
         assert self.classifier is not None
         tokens = self.embed(x)
-        scores = self.classifier(self.readout(self.early(tokens))) / self.temperature
+        early = functional_call(self.early, self.reassigned(), (tokens,))
+        scores = self.classifier(self.readout(early)) / self.temperature
         old_scores = self.classifier(self.readout(self.teacher.call(self.early, tokens))) / self.temperature
         return -(old_scores.softmax(1) * scores.log_softmax(1)).sum(1).mean()
 
-    @contextmanager
-    def reassigned_gradients(self) -> Iterator[None]:
-        """Inside, the gradient of each row of a shared `lora_B` is multiplied by the norm of that row before the task over their mean."""
-        with torch.no_grad():
-            factors = {name: row_factors(old) for name, old in self.teacher.tensors.items()}
-        handles = [self.shared[name].register_hook(lambda gradient, factor=factor: gradient * factor) for name, factor in factors.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def reassigned(self) -> dict[str, Tensor]:
+        """name -> the shared `lora_B` as they are; the gradient of a row is multiplied by its norm before the task over their mean."""
+        shared = self.shared
+        return {
+            name: shared[name].detach() + (shared[name] - shared[name].detach()) * row_factors(old)
+            for name, old in self.teacher.tensors.items()
+        }
 
     def block_weight_overlap(self) -> Tensor:
         """Mean over the earlier tasks of |cos| between the block weights, all in one vector, and theirs; 0 without earlier tasks."""
