@@ -165,6 +165,8 @@ class Job:
 def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
     """A recipe may bring the schedule of its pair; one that is typed is to win, and cannot.
 
+    The recipe sets the schedule's own `_target_`: Hydra lets no file that is found by name choose from a group.
+
     Raises:
         ValueError: if both are there.
     """

@@ -624,6 +624,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
+def test_a_last_step_that_ruins_the_weights_is_not_saved(tmp_path):
+    """The loss of that step is still finite: it comes before the update."""
+    one_step = ["method=linear_probe", "trainer.epochs=1", "trainer.batch_size=64"]
+    overflow = ["optimizer=sgd", "optimizer.lr=1e38", "optimizer.weight_decay=1e10"]
+    with pytest.raises(RuntimeError, match=r"a weight is no longer finite after task 0, epoch 0; start again"):
+        run_toy(tmp_path, *one_step, *overflow)
+    assert CheckpointFolder(tmp_path / "checkpoints").latest() is None
+
+
 def test_a_rate_that_is_far_too_high_is_named(tmp_path):
     with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step \d of task 0, epoch 0; start again"):
         run_toy(tmp_path, "method=sequential_full", "optimizer=sgd", "optimizer.lr=1e30")
