@@ -416,7 +416,8 @@ DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["inflora", "sequential"])
 def test_a_compiled_run_finds_what_a_plain_one_finds_and_compiles_once(method, tmp_path, monkeypatch):
-    plain = run_toy(tmp_path / "plain", f"method={method}")
+    whole_batches = "trainer.batch_size=6"  # a shorter last one would make a third graph, for all sizes
+    plain = run_toy(tmp_path / "plain", f"method={method}", whole_batches)
     graphs, test = [], Trainer._test
 
     def counting(self: Trainer, *arguments: Any) -> None:
@@ -424,8 +425,9 @@ def test_a_compiled_run_finds_what_a_plain_one_finds_and_compiles_once(method, t
         graphs.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(Trainer, "_test", counting)
+    torch.compiler.reset()  # sizes that the case before has seen
     counters.clear()
-    compiled = run_toy(tmp_path / "compiled", f"method={method}", "trainer.compile=true")
+    compiled = run_toy(tmp_path / "compiled", f"method={method}", whole_batches, "trainer.compile=true")
     assert graphs == [2, 2, 2], "one for training and one for testing, whatever the task"
     assert not counters["graph_break"]
     assert compiled["accuracy_curve"] == plain["accuracy_curve"]
