@@ -1,6 +1,5 @@
 """LAE: learning, accumulation, ensemble (Gao et al., ICCV 2023, arXiv 2303.10070)."""
 
-import math
 from typing import Any, Literal, cast
 
 import torch
@@ -10,23 +9,19 @@ from torch import Tensor, nn
 from inflora import lora
 from inflora.data.tasks import Task
 from inflora.method import Method
+from inflora.parts.adapters import Adapter
 from inflora.parts.prompts import PrefixAttention, install_prefixes
 from inflora.parts.snapshot import Snapshot
 
 VARIANTS = ("lora", "adapter", "prefix")
 
 
-class ParallelAdapter(nn.Module):
-    """scale * up(gelu(down(x))), beside the attention of a block; starts as zero."""
+class AttentionAdapter(Adapter):
+    """scale * up(gelu(down(x))) with a trained scale, beside the attention of a block; starts as zero."""
 
     def __init__(self, dim: int, bottleneck: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(dim, bottleneck)
-        self.up = nn.Linear(bottleneck, dim)
+        super().__init__(dim, bottleneck, scale=1.0, dropout=0.0)
         self.scale = nn.Parameter(torch.ones(()))
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
@@ -34,7 +29,7 @@ class ParallelAdapter(nn.Module):
 
 
 def _add_adapter(attention: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output + cast(ParallelAdapter, attention.adapter)(inputs[0])
+    return output + cast(AttentionAdapter, attention.adapter)(inputs[0])
 
 
 class LearnedPrefix(PrefixAttention):
@@ -123,7 +118,7 @@ class LAE(Method):
         elif variant == "adapter":
             for block in blocks:
                 attention = self.backbone.get_submodule(f"blocks.{block}.attn")
-                attention.adapter = ParallelAdapter(self.heads.embed_dim, size).to(self.device)
+                attention.adapter = AttentionAdapter(self.heads.embed_dim, size).to(self.device)
                 attention.register_forward_hook(_add_adapter)
         else:
             install_prefixes(self.backbone, blocks, lambda attn: LearnedPrefix(attn, size, self.heads.embed_dim).to(self.device))
