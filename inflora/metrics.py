@@ -100,8 +100,10 @@ def forgetting_coda(accuracy: Array) -> float:
 def forgetting_libcontinual(accuracy: Array) -> float:
     """The drop since each task was learned, as LibContinual sums it: without the last two tasks, yet over T - 1. Only for checks."""
     num_tasks = len(accuracy)
+    if np.isnan(accuracy[:-1]).all():  # a single task, or tested only once
+        return float("nan")
     drop = np.diag(accuracy) - accuracy[-1]
-    return float(drop[: num_tasks - 2].sum() / (num_tasks - 1)) if num_tasks > 1 else float("nan")
+    return float(drop[: num_tasks - 2].sum() / (num_tasks - 1))
 
 
 def backward_transfer(accuracy: Array) -> float:

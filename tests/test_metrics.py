@@ -114,6 +114,7 @@ def test_joint_training_fills_only_the_last_row():
     for name in undefined:
         assert summary[name] is None
         assert summary["null_reasons"][name] == "the model was tested only after its last stage"
+    assert np.isnan(metrics.forgetting_libcontinual(accuracy[1:, 1:]))  # of two tasks too, where its sum has no term
 
 
 def test_what_no_single_run_can_give_is_null_with_a_reason():

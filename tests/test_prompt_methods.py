@@ -585,7 +585,7 @@ def test_hide_prompt_s_two_classifiers_do_not_see_each_other():
         torch.testing.assert_close(parameter.grad, gradient)
     features = method.with_prompt(x, method.current_prompt())
     other = nn.functional.cross_entropy(method.heads.current(features), y - 2)
-    other = other + 0.3 * contrastive(features, method.statistics.centers()[0])
+    other = other + 0.3 * contrastive(features, method.statistics.centers())
     (gradient,) = torch.autograd.grad(other, [method.e_prompts[1]])
     torch.testing.assert_close(method.e_prompts[1].grad, gradient)
 
@@ -595,6 +595,16 @@ def test_contrastive_term_by_hand():
     rows = [*centers, *features]
     expected = sum((-torch.stack([row @ other / 0.8 for other in rows]).log_softmax(0)[i] for i, row in enumerate(rows)), torch.zeros(()))
     torch.testing.assert_close(contrastive(features, centers), expected / 5)
+
+
+def test_hide_prompt_contrasts_the_images_of_a_group_as_a_device_does():
+    method: HidePrompt = prompt_method("hide_prompt", contrast_images=2)
+    features = noise(5, D)
+    of_groups = [contrastive(features[:2], method.statistics.centers()), contrastive(features[2:4], method.statistics.centers())]
+    expected = (2 * of_groups[0] + 2 * of_groups[1] + contrastive(features[4:], method.statistics.centers())) / 5
+    torch.testing.assert_close(method.contrastive(features), expected)
+    method.contrast_images = None
+    torch.testing.assert_close(method.contrastive(features), contrastive(features, method.statistics.centers()))
 
 
 @pytest.mark.parametrize("name", ["hide_prompt", "hide_prompt covariance"])
@@ -607,7 +617,7 @@ def test_hide_prompt_takes_statistics_with_and_without_the_prompt_of_the_class(n
         with torch.no_grad():
             plain, prompted = method.query(x), method.with_prompt(x, method.e_prompts[task.index])
         for statistics, features in ((method.plain_statistics, plain), (method.statistics, prompted)):
-            means, labels = statistics.centers()
+            means, labels = statistics.centers(), statistics.sources()
             for label in y.unique().tolist():
                 torch.testing.assert_close(means[labels == label][0], features[y == label].mean(0), rtol=1e-4, atol=1e-5)
 
@@ -659,13 +669,24 @@ def test_centroids_account_for_every_image():
 def test_centroids_are_drawn_from_as_gaussians():
     centroids = ClassCentroids(4, 2)
     centroids.sizes, centroids.means, centroids.variances = torch.tensor([[3, 0], [2, 5]]), noise(2, 2, 4), noise(2, 2, 4, seed=1).square()
-    centers, labels = centroids.centers()
-    assert labels.tolist() == [0, 1, 1] and torch.equal(centers, torch.stack([centroids.means[0, 0], *centroids.means[1]]))
+    centers = centroids.centers()
+    assert centroids.sources().tolist() == [0, 1, 1] and torch.equal(centers, torch.stack([centroids.means[0, 0], *centroids.means[1]]))
     torch.manual_seed(0)
     drawn = centroids.sample(torch.arange(3).repeat(20_000)).view(20_000, 3, 4)
     variances = torch.stack([centroids.variances[0, 0], *centroids.variances[1]])
     torch.testing.assert_close(drawn.mean(0), centers, rtol=0, atol=0.05)
     torch.testing.assert_close(drawn.var(0), variances + 1e-4, rtol=0.05, atol=1e-3)
+
+
+def test_a_centroid_of_one_image_is_not_drawn_unless_its_class_has_no_other():
+    centroids = ClassCentroids(4, 2)
+    images = torch.eye(4, dtype=torch.float64)
+    centroids._append(torch.stack([images[0], images[0] + 0.01, 50 * images[1]]))  # a pair and one alone
+    centroids._append(images[2:])  # two alone
+    assert sorted(centroids.sizes[0].tolist()) == [1, 2] and centroids.sizes[1].tolist() == [1, 1]
+    assert len(centroids.centers()) == 4
+    assert centroids.sources().tolist() == [0, 1, 1]
+    torch.testing.assert_close(centroids.sample(torch.tensor([0]))[0], images[0].float(), rtol=0, atol=0.1)
 
 
 def test_a_class_has_no_more_centroids_than_different_images():
@@ -674,7 +695,7 @@ def test_a_class_has_no_more_centroids_than_different_images():
     centroids._append(noise(2, 4).double())
     centroids._append(torch.zeros(0, 4, dtype=torch.float64))
     assert centroids.sizes.gt(0).sum(dim=1).tolist() == [1, 2, 0]
-    assert len(centroids.centers()[0]) == 3 and centroids.sample(torch.tensor([0, 2])).isfinite().all()
+    assert len(centroids.centers()) == 3 and centroids.sample(torch.tensor([0, 2])).isfinite().all()
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------------
@@ -708,6 +729,7 @@ def test_a_class_has_no_more_centroids_than_different_images():
         (HidePrompt, {"momentum": 1.0}, "method.momentum=1.0 is out of range; choose a number from 0 to below 1"),
         (HidePrompt, {"statistics": "mean"}, "method.statistics=mean is not known; choose one of centroids, covariance"),
         (HidePrompt, {"num_centroids": 0}, "method.num_centroids=0 is out of range; choose 1 or more"),
+        (HidePrompt, {"contrast_images": 0}, "method.contrast_images=0 is out of range; choose 1 or more"),
         (HidePrompt, {"align_samples": 0}, "method.align_samples=0 is out of range; choose 1 or more"),
         (HidePrompt, {"length": 1}, "method.length=1 cannot be halved"),
         (CodaPrompt, {"blocks": [5]}, r"method.blocks=\[5\] does not fit this backbone"),

@@ -17,13 +17,14 @@ from inflora.seeding import uniform
 
 BILINEAR, BICUBIC = T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC
 PILLOW_FILTER = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-PUBLISHED = ["inflora", "inflora_cifar", "pilot", "lae", "slca", "slca_cifar", "jax", "mammoth", "mammoth_cifar"]
+PUBLISHED = ["inflora", "inflora_cifar", "pilot", "ranpac_cifar", "lae", "slca", "slca_cifar", "jax", "mammoth", "mammoth_cifar"]
 NAMES = [*PUBLISHED, "shift", "shift_flip"]
 
 PUBLISHED_TESTS: dict[str, Callable[[int, int], list]] = {  # from the size and 8/7 of it
     "inflora": lambda size, margin: [T.Resize(margin, BILINEAR), T.CenterCrop(size)],
     "inflora_cifar": lambda size, margin: [T.Resize((size, size), BILINEAR)],
     "pilot": lambda size, margin: [T.Resize(margin, BICUBIC), T.CenterCrop(size)],
+    "ranpac_cifar": lambda size, margin: [T.Resize(size, BICUBIC), T.CenterCrop(size)],
     "lae": lambda size, margin: [T.Resize(margin, BILINEAR), T.CenterCrop(size)],
     "slca": lambda size, margin: [T.Resize(margin, BICUBIC), T.CenterCrop(size)],
     "slca_cifar": lambda size, margin: [T.Resize(margin, BICUBIC), T.CenterCrop(size)],
@@ -219,6 +220,7 @@ def test_recipes_differ_where_the_published_ones_do():
         "inflora": (0.08, "bilinear", 0),
         "inflora_cifar": (0.08, "bilinear", 0),
         "pilot": (0.05, "bilinear", 0),
+        "ranpac_cifar": (0.05, "bilinear", 0),
         "lae": (0.08, "bilinear", 0),
         "slca": (0.08, "bicubic", 0),
         "slca_cifar": (0.08, "bicubic", 63 / 255),

@@ -294,6 +294,7 @@ _RECIPES = {
     "inflora": _Recipe(),
     "inflora_cifar": _Recipe(test_margin=False, keep_ratio=False),
     "pilot": _Recipe(test_interpolation="bicubic", min_scale=0.05),
+    "ranpac_cifar": _Recipe(test_interpolation="bicubic", min_scale=0.05, test_margin=False),
     "lae": _Recipe(),
     "slca": _Recipe("bicubic", "bicubic"),
     "slca_cifar": _Recipe("bicubic", "bicubic", brightness=63 / 255),

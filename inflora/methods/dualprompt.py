@@ -33,7 +33,7 @@ class DualPrompt(PromptMethod):
 
     Readings: lengths count tokens for keys and values together, as CODA has it (the original's 5 is 10 here). Only the keys of seen tasks
     compete; public codes have a pool planned in advance, with keys not trained yet. CODA's code sums the key loss over the batch. The
-    PyTorch port (and PILOT) mixes up keys and values of the images of a batch at test, and may choose by a vote of the batch.
+    PyTorch port (and PILOT) mixes up keys and values of the images of a batch, and at test may choose by a vote of the batch.
 
     Args:
         backbone: a timm vision transformer without head.

@@ -30,7 +30,8 @@ class FeCAM(Method):
         alpha2: times the mean covariance, added to the covariances.
         normalize: whether covariances become correlations.
         tukey: power of Tukey's transform, before the features are normalised; None: none, as published for ViTs, whose features may be
-            negative. Here the sign is kept, which for the published ResNet features changes nothing.
+            negative. Here it is taken of every feature, its sign kept; the published ResNet trainer takes it of the class means, and
+            covariances of transformed features before they are normalised.
 
     A matrix that is not positive definite even so gets a ridge instead of the pseudo-inverse; a class of one image has the unit matrix.
 

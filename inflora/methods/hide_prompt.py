@@ -39,7 +39,8 @@ class HidePrompt(PromptMethod):
     rest, so here it trains in the same epochs, at optimizer.head_lr (`trainer.grad_clip` sees the gradients of both together, the code
     each alone). The code mixes up keys and values of the images of a batch (the reshape of the DualPrompt port); here they stay apart.
     `length` counts tokens for keys and values together (10 for the code's 5). With several processes each contrasts its own images, as in
-    the code.
+    the code, whose eight see 24 each: `contrast_images` gives that to one process. A centroid of a single image is not drawn from in the
+    alignments, as in the code.
 
     Args:
         backbone: a timm vision transformer without head.
@@ -47,6 +48,7 @@ class HidePrompt(PromptMethod):
         length: tokens of a prefix, even: half before the keys, half before the values.
         momentum: share of the older tasks' mean prefix in the current one, in [0, 1).
         contrast: weight of the contrastive term.
+        contrast_images: images of a group, which are contrasted with each other and with the centroids; None: all of a batch.
         mlp_ratio: width of the MLP, in embed_dim.
         statistics: centroids (as published) or covariance.
         num_centroids: of a class, for centroids.
@@ -66,6 +68,7 @@ class HidePrompt(PromptMethod):
         length: int,
         momentum: float,
         contrast: float,
+        contrast_images: int | None,
         mlp_ratio: int,
         statistics: Literal["centroids", "covariance"],
         num_centroids: int,
@@ -77,6 +80,7 @@ class HidePrompt(PromptMethod):
     ) -> None:
         check_at_least(
             contrast=(contrast, 0),
+            contrast_images=(1 if contrast_images is None else contrast_images, 1),
             mlp_ratio=(mlp_ratio, 1),
             num_centroids=(num_centroids, 1),
             align_epochs=(align_epochs, 1),
@@ -91,7 +95,7 @@ class HidePrompt(PromptMethod):
             raise ValueError(f"method.statistics={statistics} is not known; choose one of {', '.join(STATISTICS)}")
         half = half_length(length, "length")
         super().__init__(backbone, blocks=choose_blocks(backbone, blocks, "method.blocks", (0, 5)))
-        self.momentum, self.contrast = momentum, contrast
+        self.momentum, self.contrast, self.contrast_images = momentum, contrast, contrast_images
         self.align_epochs = align_epochs
         self.align = {"samples": align_samples, "rate": align_lr}
         self.task_align = {"samples": task_align_samples, "rate": task_align_lr}
@@ -130,7 +134,12 @@ class HidePrompt(PromptMethod):
         task_loss = F.cross_entropy(*self.task_heads.local(self.task_mlp(self.query(x)), y))
         features = self.with_prompt(x, self.current_prompt())
         loss = self.local_cross_entropy(features, y) + task_loss
-        return loss + self.contrast * contrastive(features, self.statistics.centers()[0]) if self.contrast else loss
+        return loss + self.contrast * self.contrastive(features) if self.contrast else loss
+
+    def contrastive(self, features: Tensor) -> Tensor:
+        """Mean, over the batch's images, of the contrastive loss of the group that an image is in."""
+        centers, groups = self.statistics.centers(), features.split(self.contrast_images or len(features))
+        return torch.stack([len(group) * contrastive(group, centers) for group in groups]).sum() / len(features)
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
@@ -147,7 +156,7 @@ class HidePrompt(PromptMethod):
         """Train `modules` on features drawn from the statistics, with cross-entropy over all seen classes; the same in every process."""
         parameters = [parameter.requires_grad_() for module in modules for parameter in module.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
-        _, labels = statistics.centers()
+        labels = statistics.sources()
         with torch.autocast(self.device.type, enabled=False), torch.enable_grad():
             for epoch in range(self.align_epochs):
                 optimizer.param_groups[0]["lr"] = rate * cosine(epoch, self.align_epochs)
@@ -199,14 +208,17 @@ class ClassGaussians(ClassStatistics):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, covariance="full")
 
-    def centers(self) -> tuple[Tensor, Tensor]:
-        """Means of the classes that had images, (n, D), and which these are, (n,)."""
-        labels = self.counts.nonzero().flatten()
-        return self.means[labels], labels
+    def centers(self) -> Tensor:
+        """(n, D): means of the classes that had images."""
+        return self.means[self.sources()]
+
+    def sources(self) -> Tensor:
+        """(n,) the classes that had images."""
+        return self.counts.nonzero().flatten()
 
     def sample(self, chosen: Tensor) -> Tensor:  # type: ignore[override]
-        """(m, D) features, one from each of the (m,) classes, numbered as in `centers`."""
-        labels = self.centers()[1][chosen]
+        """(m, D) features, one from each of the (m,) classes, numbered as in `sources`."""
+        labels = self.sources()[chosen]
         features = self.means.new_empty(len(chosen), self.dim)
         for label in labels.unique().tolist():
             features[labels == label] = super().sample(label, int((labels == label).sum()))

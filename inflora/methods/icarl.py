@@ -33,6 +33,7 @@ class ICaRL(DistilledMethod):
 
     Readings: an exemplar is seen once per epoch, as in the published codes, but joins a random new image instead of shuffling in: an
     epoch has as many steps as without exemplars. Means are of the exemplars alone, without their mirror images (mammoth adds those).
+    Heads start as torch's linear layers do (PILOT's weights are drawn from a range sqrt(3) times as wide, its biases are 0).
     Scores are minus the squared distance to the mean; the heads only train the features.
 
     Args:

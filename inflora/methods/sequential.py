@@ -20,9 +20,9 @@ class Sequential(LowRankMethod):
 
     `lora_A` is drawn Kaiming-uniform (a = sqrt 5), `lora_B` starts at zero.
 
-    Source: the baselines "SeqLoRA" and "incremental LoRA" of the low-rank papers; `inclora_frozen` is like the first row of InfLoRA's ablation
-    (arXiv 2404.00228), whose `lora_A` is Gaussian. There is no official code. A public one adds up the factors of the tasks instead of their products, which mixes the
-    tasks and hurts it; here the products are merged.
+    Source: the baselines "SeqLoRA" and "incremental LoRA" of the low-rank papers; `inclora_frozen` is like the first row of InfLoRA's
+    ablation (arXiv 2404.00228), whose `lora_A` is Gaussian. There is no official code. A public one adds up the factors of the tasks
+    instead of their products, which mixes the tasks and hurts it; here the products are merged.
     """
 
     def __init__(

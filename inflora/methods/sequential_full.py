@@ -15,7 +15,7 @@ class SequentialFull(Method):
 
     Source: no paper of its own; "FT" and "FT++" in the code of CODA-Prompt (github.com/GT-RIPL/CODA-Prompt), "finetune" in LAMDA-PILOT.
     Public codes differ in the loss: cross-entropy over the current task's classes ("FT++", our default) or over all seen classes ("FT"),
-    which on 10-task CIFAR-100 is the difference between about 80 and 34 percent. `softmax` chooses.
+    which forgets far more. `softmax` chooses.
     """
 
     def __init__(self, backbone: Any, *, softmax: Literal["current", "seen"]) -> None:

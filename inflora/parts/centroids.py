@@ -64,7 +64,7 @@ class ClassCentroids(GrowingBuffers):
         variances = torch.zeros_like(means)
         count = min(self.count, len(features.unique(dim=0)))
         if count:
-            kmeans = KMeans(count, n_init=1, random_state=int(torch.randint(2**31, ())))  # type: ignore[arg-type]
+            kmeans = KMeans(count, n_init=10, random_state=int(torch.randint(2**31, ())))  # type: ignore[arg-type]
             assigned = torch.from_numpy(kmeans.fit_predict(features.numpy()))
             for centroid in range(count):
                 members = features[assigned == centroid]
@@ -74,12 +74,22 @@ class ClassCentroids(GrowingBuffers):
         self.means = torch.cat([self.means, means.to(self.means)])
         self.variances = torch.cat([self.variances, variances.to(self.variances)])
 
-    def centers(self) -> tuple[Tensor, Tensor]:
-        """Every centroid there is: (n, D), and the class of each, (n,)."""
-        return self.means[self.sizes > 0], self.sizes.nonzero()[:, 0]
+    def centers(self) -> Tensor:
+        """(n, D): every centroid there is."""
+        return self.means[self.sizes > 0]
+
+    def _is_drawn(self) -> Tensor:
+        """(C, count): centroids that `sample` draws from. One of a single image has no spread and is left out, unless its class has no other."""
+        is_there = self.sizes > 0
+        has_spread = self.variances.any(dim=2) & is_there
+        return torch.where(has_spread.any(dim=1, keepdim=True), has_spread, is_there)
+
+    def sources(self) -> Tensor:
+        """(n,) class of every Gaussian that `sample` draws from."""
+        return self._is_drawn().nonzero()[:, 0]
 
     def sample(self, chosen: Tensor) -> Tensor:
-        """(m, D) features, one from each of the (m,) centroids, numbered as in `centers`; the same on all devices and in all processes."""
+        """(m, D) features, one from each of the (m,) Gaussians, numbered as in `sources`; the same on all devices and in all processes."""
         noise = torch.randn(len(chosen), self.dim).to(self.means)
-        is_there = self.sizes > 0
-        return self.means[is_there][chosen] + noise * (self.variances[is_there] + RIDGE).sqrt()[chosen]
+        is_drawn = self._is_drawn()
+        return self.means[is_drawn][chosen] + noise * (self.variances[is_drawn] + RIDGE).sqrt()[chosen]
