@@ -79,7 +79,7 @@ class ClassCentroids(GrowingBuffers):
         return self.means[self.sizes > 0]
 
     def _is_drawn(self) -> Tensor:
-        """(C, count): centroids that `sample` draws from. One of a single image has no spread and is left out, unless its class has no other."""
+        """(C, count): what `sample` draws from. A centroid of one image has no spread and is left out, unless its class has no other."""
         is_there = self.sizes > 0
         has_spread = self.variances.any(dim=2) & is_there
         return torch.where(has_spread.any(dim=1, keepdim=True), has_spread, is_there)
