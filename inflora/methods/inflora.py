@@ -19,8 +19,8 @@ class InfLoRA(LowRankMethod):
     `DualGPM` which directions to protect next, and the branch is merged into the weights.
 
     Trains: per adapted block 2 * rank * embed_dim floats, and the current head; cross-entropy over the current task's classes.
-    Stores between tasks: the weights, the heads, and per adapted block at most embed_dim^2 / 2 floats of basis (twice that
-    without `dual`). Nothing grows with the number of tasks but the heads; with alignment (the preset `inflora_ca`), also a Gaussian of
+    Stores between tasks: the weights, the heads, and per adapted block at most embed_dim^2 / 2 floats of basis (twice that without
+    `dual`). Nothing grows with the number of tasks but the heads; with alignment (the preset `inflora_ca`), also a Gaussian of
     embed_dim^2 + embed_dim floats per class.
 
     Official code: github.com/liangyanshuo/InfLoRA. Departures from it: branches are merged (it sums all of them in every forward pass),

@@ -18,8 +18,8 @@ class SLCA(SequentialFull):
     Trains: the backbone (`optimizer.lr`) and the current head (`optimizer.head_lr`), cross-entropy over the current task's classes.
     Stores between tasks: the weights, the heads twice, and per seen class embed_dim^2 + embed_dim floats of covariance and mean.
 
-    Heads start from a normal distribution of deviation 0.02 and bias 0. In the code, not in the paper: means shrunk
-    towards 0.9, the ridge on covariances, a fresh final norm. PILOT's port keeps the norm and aligns for 3 epochs instead of 5.
+    Heads start from a normal distribution of deviation 0.02 and bias 0. In the code, not in the paper: means shrunk towards
+    0.9, the ridge on covariances, a fresh final norm. PILOT's port keeps the norm and aligns for 3 epochs instead of 5.
     """
 
     def __init__(self, backbone: Any) -> None:

@@ -34,9 +34,9 @@ class TUNA(AdapterSetMethod):
     task and once more for the fused set, and per class D^2 + D floats of Gaussian. An image takes a pass through the backbone per task,
     and one more.
 
-    Official code: by the authors, in the history of the public fork github.com/Ngahoang2005/ICCV2025-TUNA (commit 77d4f10). It
-    fuses, but tests with the newest task's set in place of the fused one (its forward pass compares the set's number with the tasks', and
-    is one off); here, as in the paper, the fused one answers. There the overlap's gradient and the weight decay also reach the `up` weights
+    Official code: by the authors, in the history of the public fork github.com/Ngahoang2005/ICCV2025-TUNA (commit 77d4f10). It fuses,
+    but tests with the newest task's set in place of the fused one (its forward pass compares the set's number with that of the tasks, one
+    off); here, as in the paper, the fused one answers. There the overlap's gradient and the weight decay also reach the `up` weights
     of the older sets, which shrink with every task; here they rest. The rate of the alignment swings with a period of ten epochs there,
     here it falls to zero once; a division by a negative number shrinks the means of new classes most, here those of old classes
     (`alignment.mean_scale`); old heads decay while a task trains, which changes no cosine at once but lets them turn faster in the next
