@@ -91,5 +91,5 @@ class ClassCentroids(GrowingBuffers):
     def sample(self, chosen: Tensor) -> Tensor:
         """(m, D) features, one from each of the (m,) Gaussians, numbered as in `sources`; the same on all devices and in all processes."""
         noise = torch.randn(len(chosen), self.dim).to(self.means)
-        is_drawn = self._is_drawn()
-        return self.means[is_drawn][chosen] + noise * (self.variances[is_drawn] + RIDGE).sqrt()[chosen]
+        labels, centroids = self._is_drawn().nonzero()[chosen].unbind(1)
+        return self.means[labels, centroids] + noise * (self.variances[labels, centroids] + RIDGE).sqrt()
