@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from inflora import subspace
 from inflora.subspace import CovarianceAccumulator, DualGPM, MissingDirectionsWarning, design_branch, threshold_at
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -470,6 +471,74 @@ def test_wrong_arguments_of_the_design() -> None:
 
 
 # ---- two references ----
+
+
+# ---- wide layers: the leading directions by iterations ----
+
+
+def wide_moment(seed: int, dim: int, copies: int = 1) -> Tensor:
+    """(dim, dim) float32, steep: singular values 1, 1/2, 1/3 ..., each `copies` times."""
+    directions = torch.linalg.qr(second_moment(seed, dim)).Q
+    return ((directions / (torch.arange(dim, dtype=torch.float64) // copies + 1)) @ directions.mT).float()
+
+
+@pytest.mark.parametrize("copies", [1, 2, 5])
+@pytest.mark.parametrize("decomposition", ["PC", "PCP"])
+@pytest.mark.parametrize("dimension", [0, 40, 200])
+def test_design_by_iterations_is_that_of_a_whole_decomposition(
+    dimension: int, decomposition: Any, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    C = wide_moment(3, 264, copies)
+    for memory in memories(0, 264, dimension) if dimension else [DualGPM(264)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(subspace, "_all", None)  # would fail
+            by_iterations = design_branch(C, memory, 10, decomposition=decomposition, scale=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(subspace, "_WIDE", 1000)
+            whole = design_branch(C, memory, 10, decomposition=decomposition, scale=1.0)
+        assert largest_angle(by_iterations.mT, whole.mT) < 1e-5  # of float32
+        assert torch.allclose(by_iterations @ by_iterations.mT, torch.eye(10), atol=1e-6)
+        assert (by_iterations.double() @ protected(memory)).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("copies", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["fresh", "remove", "retain"])
+@pytest.mark.parametrize("threshold", [0.8, 0.9, 0.97, 0.99])
+def test_update_by_iterations_is_that_of_a_whole_decomposition(
+    kind: str, threshold: float, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks in a row, whose counts lie on both sides of what the first attempt looks for."""
+    pair = []
+    for wide in (256, 1000):
+        monkeypatch.setattr(subspace, "_WIDE", wide)
+        memory = {"fresh": lambda: [DualGPM(264)], "remove": lambda: memories(0, 264, 30)[:1], "retain": lambda: memories(0, 264, 150)[1:]}
+        pair.append(memory[kind]()[0])
+        for seed in (3, 4):
+            pair[-1].update(wide_moment(seed, 264, copies), threshold)
+    assert (pair[0].kind, pair[0].dimension) == (pair[1].kind, pair[1].dimension)
+    assert largest_angle(pair[0].basis, pair[1].basis) < 1e-6
+    assert torch.allclose(pair[0].basis.mT @ pair[0].basis, torch.eye(pair[0].basis.shape[1], dtype=torch.float64), atol=1e-12)
+
+
+def test_a_few_directions_of_a_wide_layer_need_no_whole_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subspace, "_all", None)  # would fail
+    memory = DualGPM(264)
+    memory.update(wide_moment(0, 264), 0.9)
+    memory.update(wide_moment(1, 264), 0.97)  # more than the first attempt looks for
+    assert 16 < memory.dimension < 60
+
+
+@pytest.mark.parametrize("dimension", [0, 40])
+def test_a_wide_layer_whose_inputs_span_little(dimension: int) -> None:
+    tokens = second_moment(0, 264)[:50] @ second_moment(1, 264, rank=3)
+    for memory in memories(0, 264, dimension) if dimension else [DualGPM(264)]:
+        with pytest.warns(MissingDirectionsWarning, match="only 3 of the 5 rows"):
+            lora_A = design_branch((tokens.mT @ tokens).float(), memory, 5)
+        assert torch.equal(lora_A[3:], torch.zeros(2, 264)) and (lora_A.double() @ protected(memory)).abs().max() < 1e-7
+        memory.update(tokens.mT @ tokens, 1 - 1e-5)
+        assert memory.dimension in (dimension + 2, dimension + 3)
+    with pytest.warns(MissingDirectionsWarning, match="only 0 of the 5 rows"):
+        assert torch.equal(design_branch(torch.zeros(264, 264), DualGPM(264), 5), torch.zeros(5, 264))
 
 
 def golden_script():
