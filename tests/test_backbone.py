@@ -11,10 +11,20 @@ import timm
 import torch
 import toy
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from inflora import backbone
-from inflora.backbone import SHIPPED_WEIGHTS, Backbone, build_backbone, load_checkpoint, tensors_sha256, write_out_attention
+from inflora.backbone import (
+    SHIPPED_WEIGHTS,
+    Backbone,
+    ClassTokenViT,
+    build_backbone,
+    load_checkpoint,
+    tensors_sha256,
+    write_out_attention,
+)
+from inflora.parts.prompts import install_prefixes, prefixes
 
 SMALL = "test_vit.r160_in1k"
 """timm's own smallest vision transformer: 160 pixels, patches of 16, width 64."""
@@ -338,3 +348,105 @@ def test_attention_written_out_is_the_same_function():
         found.append([model(x.double()), *(parameter.grad for parameter in model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+# ---- the class token only ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_of_last_mlp(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens the MLP of a last block saw, call by call."""
+    seen: list[int] = []
+    forward = timm.layers.Mlp.forward
+
+    def counting(mlp: nn.Module, x: Tensor) -> Tensor:
+        if getattr(mlp, "is_last", False):
+            seen.append(x.shape[1])
+        return forward(mlp, x)
+
+    monkeypatch.setattr(timm.layers.Mlp, "forward", counting)
+    return seen
+
+
+def twins(**options: Any) -> tuple[ClassTokenViT, VisionTransformer]:
+    """The same float64 model with and without the short last block."""
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0} | options
+    torch.manual_seed(0)
+    stock = VisionTransformer(**options).double()
+    for parameter in stock.parameters():  # some start at zero, or at one
+        nn.init.normal_(parameter, std=0.2)
+    short = ClassTokenViT(**options).double()
+    short.load_state_dict(stock.state_dict())
+    for model in (short, stock):
+        model.blocks[-1].mlp.is_last = True
+    return short, stock
+
+
+def same_features_and_gradients(short: nn.Module, stock: nn.Module) -> None:
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    found = []
+    for model in (short, stock):
+        features = model(x)
+        features.square().sum().backward()
+        found.append({"features": features.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-11)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one block": {"depth": 1},
+    "no bias": {"qkv_bias": False},
+    "norms of queries and keys": {"qk_norm": True},
+    "layer scale": {"init_values": 0.1},
+    "registers": {"reg_tokens": 2},
+    "norm before the blocks": {"pre_norm": True},
+}
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=list(VARIANTS))
+def test_the_last_block_computes_the_class_token_only(options, is_checkpointed, is_fused, rows_of_last_mlp):
+    short, stock = twins(**options)
+    short.set_grad_checkpointing(is_checkpointed)
+    if not is_fused:
+        write_out_attention(short)
+    same_features_and_gradients(short, stock)
+    assert rows_of_last_mlp == [1, 17 + options.get("reg_tokens", 0)]
+
+
+def test_other_features_than_the_class_token_stay_whole(rows_of_last_mlp):
+    short, stock = twins()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(short.forward_features(x), stock.forward_features(x))
+    same_features_and_gradients(*twins(global_pool="avg"))
+    assert set(rows_of_last_mlp) == {17}
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize("part", ["", ".attn"])
+def test_a_block_with_hooks_stays_whole(part, kind, rows_of_last_mlp):
+    calls: list[str] = []
+    pair = twins()
+    for model in pair:
+        getattr(model.get_submodule(f"blocks.2{part}"), f"register_{kind}")(lambda *_: calls.append("called"))
+    same_features_and_gradients(*pair)
+    assert len(calls) == 2
+    assert rows_of_last_mlp == [17, 17]
+
+
+def test_a_block_with_prefixes_stays_whole(rows_of_last_mlp):
+    pair = twins()
+    for model in pair:
+        install_prefixes(model, [2])
+    prefix = torch.randn(3, 2, 4, 32, dtype=torch.float64)
+    with prefixes(pair[0], {2: prefix}), prefixes(pair[1], {2: prefix}):
+        same_features_and_gradients(*pair)
+    assert rows_of_last_mlp == [17, 17]
+
+
+def test_every_backbone_of_timms_own_kind_has_the_short_last_block():
+    assert type(random_backbone().model) is ClassTokenViT
+    assert type(random_backbone("vit_micro.tiny_imagenet").model) is ClassTokenViT
