@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 # A sum of squares within this relative distance of the energy it is compared with counts as equal to it. Ties happen only in spectra
@@ -39,6 +40,9 @@ _SQUARE_LOSES = 1e-7
 
 # From this width on, up to an eighth of the directions are found by iterations; below, a whole decomposition is as fast.
 _WIDE = 256
+
+# ARPACK's own products are small: with several threads, scipy's would only stand in the way of torch's, which do the large ones.
+_SCIPYS_THREADS = ThreadpoolController()
 
 # What the first attempt to find the directions to protect looks for, and the smallest share of the energy that may stay unprotected where
 # that share is what is left of a sum.
@@ -249,9 +253,10 @@ def _on_cpu(covariance: Tensor, dim: int) -> Tensor:
     """The covariance in float64 on the CPU, checked."""
     if covariance.shape != (dim, dim):
         raise ValueError(f"the covariance has shape {tuple(covariance.shape)}; a layer with {dim} inputs needs ({dim}, {dim})")
-    if not covariance.isfinite().all():
+    C = covariance.detach().cpu().double()  # in this order: some devices have no float64
+    if not C.sum().isfinite():  # a tenth of the time that asking every number takes
         raise ValueError("the covariance holds NaN or infinity: the layer's inputs have diverged; lower optimizer.lr or check the data")
-    return covariance.detach().cpu().double()  # in this order: some devices have no float64
+    return C
 
 
 def _symmetric(covariance: Tensor, dim: int) -> tuple[Tensor, float]:
@@ -312,15 +317,16 @@ def _leading(C: Tensor, memory: DualGPM, rounding: float, count: int, *, two_sid
         inside = basis @ (basis.mT @ x)
         return inside if is_free else x - inside
 
-    def product(x: Any) -> Any:
-        y = C @ into_free(torch.from_numpy(x))
+    def product(x: Any) -> Any:  # x is a sum of earlier products, and so in the free space already
+        y = C @ torch.from_numpy(x)
         return into_free(C @ y if squared else y).numpy()
 
     # Any start will do; a fixed one makes runs repeatable.
     start = into_free(torch.randn(memory.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     try:
         operator = LinearOperator(C.shape, matvec=product, dtype="float64")  # type: ignore[call-arg]  # scipy declares another signature
-        values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy())
+        with _SCIPYS_THREADS.limit(limits=1, user_api="blas"):
+            values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy())
     except ArpackError:
         return None
     eigenvalues, order = torch.from_numpy(values).clamp(min=0).sort(descending=True)
