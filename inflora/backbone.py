@@ -6,7 +6,7 @@ registered by a module, which its name begins with: `my_package.backbone:my_vit.
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Attention, Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ from inflora.data.download import check_reachable
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "vit_micro.safetensors"
 
 OWN_TAGS = ("vit_micro.tiny_imagenet", "vit_base_patch16_224_ibot.in1k")
+
+# What makes timm's ViT-B/16 one of the architectures registered here.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "vit_micro": {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3},
+    "vit_base_patch16_224_ibot": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -57,17 +64,18 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_micro(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """A ViT for 32 x 32 images: patch 4, width 192, depth 6, 3 heads, 2.7 M parameters."""
-    arguments: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3} | kwargs
-    return build_model_with_cfg(VisionTransformer, "vit_micro", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
+    return _build("vit_micro", pretrained, **kwargs)
 
 
 @register_model
 def vit_base_patch16_224_ibot(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-B/16 for the weights of iBOT (Zhou et al. 2022), which timm does not have."""
-    arguments: dict[str, Any] = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12} | kwargs
-    return build_model_with_cfg(
-        VisionTransformer, "vit_base_patch16_224_ibot", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
-    )
+    return _build("vit_base_patch16_224_ibot", pretrained, **kwargs)
+
+
+def _build(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    arguments = _ARGUMENTS[name] | kwargs
+    return build_model_with_cfg(VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments)
 
 
 class ClassTokenViT(VisionTransformer):
@@ -194,6 +202,37 @@ def build_backbone(name: str, *, pretrained: bool, checkpoint: str | None, image
             "tensors_sha256": tensors_sha256(model.state_dict()),
         },
     )
+
+
+def timm_model(tag: str, image_size: int, num_classes: int) -> tuple[Any, dict[str, Any]]:
+    """A backbone's architecture as timm has it, with a linear head on the class token and random weights.
+
+    Args:
+        tag: as `Backbone.tag`.
+        image_size: height and width of its input in pixels.
+        num_classes: outputs of the head.
+
+    Returns:
+        The model, and `architecture` and `model_args`, with which timm builds it anew.
+    """
+    name = tag.partition(".")[0]
+    recipe: dict[str, Any] = {"architecture": name, "model_args": {"img_size": image_size}}
+    if name in _ARGUMENTS:
+        recipe = {"architecture": "vit_base_patch16_224", "model_args": _ARGUMENTS[name] | {"img_size": image_size}}
+    return timm.create_model(recipe["architecture"], num_classes=num_classes, **recipe["model_args"]), recipe
+
+
+def load_exported(folder: Path) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """A model that `inflora.export` wrote, as timm loads it, and timm's preprocessing: a PIL image to (3, S, S).
+
+    Raises:
+        ValueError: if the folder holds no such model.
+    """
+    try:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no exported model ({error}); `python -m inflora.export RUN_DIR --out DIR` writes one") from error
+    return model.eval(), create_transform(**resolve_model_data_config(model))  # type: ignore[return-value]
 
 
 def _import(module: str, name: str) -> None:

@@ -59,6 +59,8 @@ options
 afterwards
   python -m inflora.report RUN_OR_MULTIRUN_DIR... --out DIR    tables and figures over seeds
   python -m inflora.evaluate RUN_DIR                           test a finished run again
+  python -m inflora.export RUN_DIR --out DIR                   its model as a plain timm model, ONNX or PEFT adapter
+  python -m inflora.predict DIR image...                       classify files with an exported model
 """
 
 

@@ -304,18 +304,11 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     def load_images() -> Splits:
         return get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
 
-    seed_everything(plain["seed"], "backbone")  # backbone.pretrained=false draws its weights
     try:
-        backbone = build_backbone(**plain["backbone"], image_size=data["image_size"])
+        backbone, method = build_method(fabric, plain)
     except FileNotFoundError:
         load_images()  # where both are missing, the images are the larger errand: say that first
         raise
-    if fabric.device.type == "cpu" and plain["trainer"]["precision"] != "32":
-        write_out_attention(backbone.model)
-    seed_everything(plain["seed"], "method")
-    method: Method = _instantiate("method", plain["method"], backbone.model)
-    if plain["alignment"]["_target_"] is not None:
-        method = _instantiate("alignment", plain["alignment"], method)
     # After the method, which checks its arguments: decoding images may take minutes.
     splits = load_images()
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
@@ -338,12 +331,24 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
         max_train_per_class=data["max_train_per_class"],
         max_test_per_class=data["max_test_per_class"],
     )
-    method.to(fabric.device)
     if plain["trainer"]["grad_checkpointing"]:
         method.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if plain["trainer"]["compile"]:
         method.backbone.compile()
     return Parts(fabric, sequence, backbone, method)
+
+
+def build_method(fabric: Fabric, plain: dict[str, Any]) -> tuple[Backbone, Method]:
+    """Load the backbone and the method of a resolved configuration, on the device, without images."""
+    seed_everything(plain["seed"], "backbone")  # backbone.pretrained=false draws its weights
+    backbone = build_backbone(**plain["backbone"], image_size=plain["dataset"]["image_size"])
+    if fabric.device.type == "cpu" and plain["trainer"]["precision"] != "32":
+        write_out_attention(backbone.model)
+    seed_everything(plain["seed"], "method")
+    method: Method = _instantiate("method", plain["method"], backbone.model)
+    if plain["alignment"]["_target_"] is not None:
+        method = _instantiate("alignment", plain["alignment"], method)
+    return backbone, method.to(fabric.device)
 
 
 def _look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:

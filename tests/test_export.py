@@ -1,0 +1,233 @@
+"""A finished run as a plain timm model, an ONNX file and a PEFT adapter, and files classified with it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import toy
+from helpers import METHODS, ROOT, run_toy
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+
+from inflora import export, predict
+from inflora.checkpoint import load
+from inflora.data import transforms
+from inflora.export import export_run, model_config
+from inflora.results import read_summary
+
+EXPORTED = {
+    "c_lora", "derpp", "er", "ewc", "inclora", "inclora_frozen", "inflora", "inflora_b5", "inflora_ca", "joint", "linear_probe", "lwf",
+    "o_lora", "sd_lora", "seqlora", "sequential", "sequential_full", "splitlora",
+}  # fmt: skip
+"""Methods whose answers are those of one vision transformer with a linear head.
+
+`slca` is another where the features are larger than the toy's: its fresh final norm has another epsilon than timm's.
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished InfLoRA run."""
+    folder = tmp_path_factory.mktemp("runs") / "inflora"
+    run_toy(folder, "method=inflora", "dataset.class_order=[5,3,0,1,4,2]", "seed=1", "trainer.epochs=20", "optimizer.head_lr=1e-2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export_run(finished, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's test images as files, a folder for each class."""
+    folder = tmp_path_factory.mktemp("images")
+    test = toy.tiny(Path()).test
+    for path, image in zip(test.paths, test.images.fetch(torch.arange(len(test.paths)))[0], strict=True):
+        file = folder / f"{path.removeprefix('test/')}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    return folder
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr, after what a run has said."""
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    return said.partition("error: ")[2].strip()
+
+
+# ---- the timm model ----------------------------------------------------------------------------------------------------------------
+
+
+def test_files_classified_by_the_exported_model_have_the_runs_accuracy(finished: Path, exported: Path, images: Path):
+    files = list(predict.image_files([images]))
+    classifier = predict.Classifier(exported)
+    answers = classifier.probabilities(files)
+    assert torch.allclose(answers.sum(1), torch.ones(24))
+    right = [classifier.class_names[row.argmax()] == file.parent.name for file, row in zip(files, answers, strict=True)]
+    found = read_summary(finished)
+    assert found is not None and found["last_accuracy"] > 25
+    assert 100 * sum(right) / len(right) == pytest.approx(found["last_accuracy"])
+
+
+def test_the_configuration_says_where_the_model_comes_from(exported: Path):
+    config = json.loads((exported / "config.json").read_text())
+    assert config["label_names"] == [f"class_{number:02d}" for number in (5, 3, 0, 1, 4, 2)]
+    assert config["architecture"] == "vit_toy" and config["model_args"] == {"img_size": 16}
+    assert (config["inflora"]["method"], config["inflora"]["seed"]) == ("inflora", 1)
+    assert {path.name for path in exported.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_timm_alone_loads_it(tmp_path: Path):
+    """`vit_micro` is registered here and not in timm."""
+    run_toy(
+        tmp_path / "run", "method=linear_probe", "backbone.name=vit_micro.tiny_imagenet", "backbone.pretrained=true", "trainer.epochs=1"
+    )
+    model = export_run(tmp_path / "run", tmp_path / "out")
+    x = torch.randn(2, 3, 32, 32)
+    torch.save(x, tmp_path / "x.pt")
+    script = """
+import sys, timm, torch
+model = timm.create_model("local-dir:out", pretrained=True).eval()
+assert not any(name.startswith("inflora") for name in sys.modules)
+torch.save((model(torch.load("x.pt")), timm.data.resolve_model_data_config(model)), "scores.pt")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    scores, data = torch.load(tmp_path / "scores.pt")
+    torch.testing.assert_close(scores, model(x))
+    assert data["input_size"] == (3, 32, 32) and tuple(data["mean"]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_exported_or_refused(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_toy(tmp_path / "run", f"method={method}", "trainer.epochs=1")
+    code = export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    if method in EXPORTED:
+        assert code == 0
+        assert isinstance(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), torch.nn.Module)
+    else:
+        assert code == 1 and not (tmp_path / "out").exists()
+        assert error_of(capsys).startswith(f"method={method} does not answer with one vision transformer and a linear head")
+
+
+@pytest.mark.parametrize("normalize", ["none", "timm"])
+@pytest.mark.parametrize("name", [*transforms._RECIPES, "shift"])
+@pytest.mark.parametrize("size, height, width", [(224, 500, 333), (32, 32, 32), (32, 57, 91), (224, 32, 32), (160, 300, 100)])
+def test_timms_preprocessing_is_that_of_the_test_images(name: str, normalize: str, size: int, height: int, width: int):
+    mean, std = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]) if normalize == "timm" else (None, None)
+    _, ours = transforms.build_transforms(name, size, mean, std)
+    found = dict.fromkeys(export.PROVENANCE, "some") | {"class_names": ["a", "b"]}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=2)
+    model.pretrained_cfg = model_config(model, ours, found)["pretrained_cfg"]
+    theirs = create_transform(**resolve_model_data_config(model))
+    pixels = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = ours(pixels[None], None, None)[0]
+    given: Tensor = theirs(Image.fromarray(pixels.permute(1, 2, 0).numpy()))  # type: ignore[operator,assignment]
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-6)
+
+
+# ---- other formats -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_holds_what_training_added(finished: Path, tmp_path: Path):
+    model = export_run(finished, tmp_path, peft=True)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    base = load(finished / "checkpoints" / "base.safetensors")["method"]["tensors"]
+    assert config["target_modules"] == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(config["target_modules"], 6)  # three tasks of rank 2
+    for name in config["target_modules"]:
+        lora_A, lora_B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        torch.testing.assert_close(base[f"backbone.{name}.weight"] + lora_B @ lora_A, model.get_submodule(name).weight)
+    assert torch.equal(tensors["base_model.model.head.weight"], model.head.weight)  # type: ignore[union-attr,arg-type]
+
+
+def test_peft_loads_the_adapter(finished: Path, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = export_run(finished, tmp_path, peft=True)
+    pretrained = timm.create_model("vit_toy", num_classes=6)
+    base = load(finished / "checkpoints" / "base.safetensors")["method"]["tensors"]
+    missing = pretrained.load_state_dict({key.removeprefix("backbone."): value for key, value in base.items()}, strict=False)
+    assert missing.missing_keys == ["head.weight", "head.bias"]
+    adapted = peft.PeftModel.from_pretrained(pretrained, tmp_path / "adapter").eval()
+    x = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(adapted(x), model(x))
+
+
+def test_onnx_computes_the_same(finished: Path, tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = export_run(finished, tmp_path, onnx=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (name,) = (given.name for given in session.get_inputs())
+    for count in (1, 5):
+        x = torch.randn(count, 3, 16, 16)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {name: x.numpy()})[0]), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_formats_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    for method, sentence in (
+        ("linear_probe", "training changed nothing in the backbone"),
+        ("sequential_full", "training changed cls_token"),
+    ):
+        run_toy(tmp_path / method, f"method={method}", "trainer.epochs=1")
+        assert export.main([str(tmp_path / method), "--out", str(tmp_path / "out"), "--peft"]) == 1
+        assert error_of(capsys).startswith(f"--peft: {sentence}")
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert export.main([str(tmp_path / "linear_probe"), "--out", str(tmp_path / "out"), "--onnx"]) == 1
+    assert error_of(capsys) == "--onnx needs packages that are not installed; run `pip install onnx onnxscript`"
+
+
+def test_runs_that_cannot_be_exported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert error_of(capsys).startswith(f"{tmp_path} holds no finished run")
+    found = read_summary(finished)
+    assert found is not None
+    del found["class_names"]
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "is of an older version" in error_of(capsys)
+
+
+# ---- classifying files -------------------------------------------------------------------------------------------------------------
+
+
+def test_predict_prints_a_line_for_every_image(
+    exported: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    one = images / "class_03" / "0.png"
+    assert predict.main([str(exported), str(one), str(images / "class_04"), "--top", "2"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".png" in line]
+    assert len(lines) == 5 and str(one) in lines[0]
+    assert all(line.count("class_") == 3 and line.count(" %") == 2 for line in lines)
+
+
+def test_what_predict_cannot_do(exported: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    one = str(images / "class_03" / "0.png")
+    for arguments, sentence in (
+        ([str(tmp_path / "nowhere"), one], f"{tmp_path / 'nowhere'} holds no exported model"),
+        ([str(exported), str(tmp_path / "missing.png")], f"{tmp_path / 'missing.png'} does not exist"),
+        ([str(exported), str(tmp_path / "empty")], f"{tmp_path / 'empty'} holds no image"),
+        ([str(exported), str(tmp_path / "broken.png")], f"{tmp_path / 'broken.png'} cannot be read as an image"),
+        ([str(exported), one, "--top", "0"], "--top=0 names no class"),
+    ):
+        assert predict.main(arguments) == 1
+        assert error_of(capsys).startswith(sentence)
+
+
+def test_the_commands_say_how_they_are_used():
+    for module in ("export", "predict"):
+        done = subprocess.run([sys.executable, "-m", f"inflora.{module}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert f"python -m inflora.{module}" in done.stdout
