@@ -19,6 +19,7 @@ Source: Liang & Li 2024 (InfLoRA, arXiv 2404.00228) and its reference implementa
 stated where they occur.
 """
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -42,11 +43,13 @@ _SQUARE_LOSES = 1e-7
 _WIDE = 256
 
 # ARPACK's own products are small: with several threads, scipy's would only stand in the way of torch's, which do the large ones.
-_SCIPYS_THREADS = ThreadpoolController()
+_SCIPYS_THREADS = ThreadpoolController().select(internal_api="openblas")
 
-# What the first attempt to find the directions to protect looks for, and the smallest share of the energy that may stay unprotected where
-# that share is what is left of a sum.
-_FEW, _SMALLEST_SHARE = 16, 1e-6
+# Where ARPACK starts anew, older versions of scipy draw the same vectors each time; newer ones have to be told.
+_REPEATABLE: dict[str, Any] = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
+
+# How many directions the first attempt to find those to protect looks for.
+_FEW = 16
 
 # Tokens per float32 product. Without the cut, the rounding of a batch of 128 images (25,000 tokens) is about ten times larger, relative
 # to the sum, for 6 % less time (dim 768, one CPU thread).
@@ -147,7 +150,7 @@ class DualGPM:
             return
 
         allowed = (1 - threshold) * total
-        found, rest = self._directions(C, rounding, allowed)
+        found, rest = self._directions(C, rounding, total, allowed)
         values = found.values[found.values > rounding]
         energies = values.square() if self.energy == "gram" else values
         missed = energies.flip(0).cumsum(0).flip(0) + rest  # missed[j]: energy still unprotected after adding j directions
@@ -173,11 +176,14 @@ class DualGPM:
         # Orthonormal up to rounding already; QR keeps that rounding from adding up over tasks.
         self.basis = torch.linalg.qr(kept).Q.contiguous()
 
-    def _directions(self, C: Tensor, rounding: float, allowed: Tensor) -> tuple["_Directions", Tensor | float]:
-        """Enough leading directions of P C that at most `allowed` energy is left, and how much is left in those not found."""
-        if self.energy == "gram" and allowed >= _SMALLEST_SHARE * C.square().sum():
+    def _directions(self, C: Tensor, rounding: float, total: Tensor, allowed: Tensor) -> tuple["_Directions", Tensor | float]:
+        """Enough leading directions of P C that at most `allowed` energy is left, and how much is left in those not found.
+
+        What is left is a difference, and holds what rounding made of the directions not found: both have to be small beside `allowed`.
+        """
+        if self.energy == "gram" and allowed > 1e-6 * total and allowed > 1e3 * self.dim * rounding**2:
             inside = (self.basis.mT @ C).square().sum()
-            energy = inside if self.kind == "retain" else C.square().sum() - inside
+            energy = inside if self.kind == "retain" else total - inside
             for count in (_FEW, self.dim // 8):
                 found = _leading(C, self, rounding, count, two_sided=False)
                 if found is not None and (rest := energy - found.values.square().sum()) < allowed * (1 - _TIE):
@@ -277,16 +283,17 @@ class _Directions(NamedTuple):
     Attributes:
         values: (n,) descending. Those up to the covariance's rounding mean nothing.
         coordinates: (f, n), the vectors in `frame`.
-        frame: (dim, f) orthonormal columns.
+        frame: (dim, f) orthonormal columns; None where the coordinates are those of the layer.
     """
 
     values: Tensor
     coordinates: Tensor
-    frame: Tensor
+    frame: Tensor | None = None
 
     def vectors(self, count: int) -> Tensor:
         """(dim, count): the leading ones."""
-        return self.frame @ self.coordinates[:, :count]
+        leading = self.coordinates[:, :count]
+        return leading if self.frame is None else self.frame @ leading
 
 
 def _all(C: Tensor, free: Tensor, rounding: float, *, two_sided: bool) -> _Directions:
@@ -317,8 +324,8 @@ def _leading(C: Tensor, memory: DualGPM, rounding: float, count: int, *, two_sid
         inside = basis @ (basis.mT @ x)
         return inside if is_free else x - inside
 
-    def product(x: Any) -> Any:  # x is a sum of earlier products, and so in the free space already
-        y = C @ torch.from_numpy(x)
+    def product(x: Any) -> Any:
+        y = C @ into_free(torch.from_numpy(x))
         return into_free(C @ y if squared else y).numpy()
 
     # Any start will do; a fixed one makes runs repeatable.
@@ -326,12 +333,12 @@ def _leading(C: Tensor, memory: DualGPM, rounding: float, count: int, *, two_sid
     try:
         operator = LinearOperator(C.shape, matvec=product, dtype="float64")  # type: ignore[call-arg]  # scipy declares another signature
         with _SCIPYS_THREADS.limit(limits=1, user_api="blas"):
-            values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy())
+            values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy(), **_REPEATABLE)
     except ArpackError:
         return None
     eigenvalues, order = torch.from_numpy(values).clamp(min=0).sort(descending=True)
-    frame = torch.linalg.qr(into_free(torch.from_numpy(vectors)[:, order])).Q
-    return _Directions(eigenvalues.sqrt() if squared else eigenvalues, torch.eye(count, dtype=torch.float64), frame)
+    free_vectors = torch.linalg.qr(into_free(torch.from_numpy(vectors)[:, order])).Q
+    return _Directions(eigenvalues.sqrt() if squared else eigenvalues, free_vectors)
 
 
 def _no_reduction(tensor: Tensor) -> Tensor:

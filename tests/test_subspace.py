@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -526,6 +527,32 @@ def test_a_few_directions_of_a_wide_layer_need_no_whole_decomposition(monkeypatc
     memory.update(wide_moment(0, 264), 0.9)
     memory.update(wide_moment(1, 264), 0.97)  # more than the first attempt looks for
     assert 16 < memory.dimension < 60
+
+
+@pytest.mark.parametrize("dimension", [0, 40])
+@pytest.mark.parametrize("rank", [2, 264])
+def test_iterations_find_the_same_numbers_again(rank: int, dimension: int) -> None:
+    """Also where a covariance of few or of equal values makes them start anew."""
+    C = wide_moment(0, 264, copies=264)
+    if rank == 2:
+        C = second_moment(0, 264, rank=2).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissingDirectionsWarning)
+        rows = [design_branch(C, memories(0, 264, dimension)[0] if dimension else DualGPM(264), 10) for _ in range(3)]
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+
+
+def test_rounding_that_is_large_beside_what_may_be_left_calls_for_a_whole_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.cat([torch.tensor([1.0, 0.05]), torch.full((100,), 0.02), torch.zeros(162)])
+    C = torch.diag(values).bfloat16()
+    allowed = 0.035 / float(C.double().square().sum())
+    counts = []
+    for wide in (256, 1000):
+        monkeypatch.setattr(subspace, "_WIDE", wide)
+        memory = remembering(axes(264, 263), "remove")
+        memory.update(C, 1 - allowed)
+        counts.append(memory.dimension)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("dimension", [0, 40])
