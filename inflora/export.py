@@ -25,22 +25,21 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from inflora import __version__, lora
-from inflora.backbone import Backbone, timm_model
+from inflora.backbone import Backbone, tensors_sha256, timm_model
 from inflora.checkpoint import CheckpointFolder, load, write_atomically
-from inflora.classifier import ClassCounts
 from inflora.data.transforms import Resize, build_transforms
 from inflora.method import Method
 from inflora.results import read_summary
-from inflora.run import USER_ERRORS, build_method, make_fabric
+from inflora.run import USER_ERRORS, build_method, last_run_event, make_fabric
 
 TOLERANCE = 1e-4
 """Largest difference to the method's scores, relative to the largest of them: rounding in float32."""
 
 PROVENANCE = (
     "method", "dataset", "backbone", "backbone_tag", "seed", "num_tasks", "class_order", "transform", "normalize", "weights_sha256",
-    "last_accuracy", "git_commit",
+    "last_accuracy", "git_commit", "module",
 )  # fmt: skip
-"""What `config.json` says of the run."""
+"""What `config.json` says of the run, and the `module` that makes timm know the architecture, where it is somebody else's."""
 
 
 def export_run(folder: Path, out: Path, *, onnx: bool = False, peft: bool = False) -> nn.Module:
@@ -48,22 +47,20 @@ def export_run(folder: Path, out: Path, *, onnx: bool = False, peft: bool = Fals
 
     Args:
         folder: the run folder. Neither its images nor the pretrained weights need to be there still.
-        out: where to write; made if missing. Files of the same names are replaced.
-        onnx: also `model.onnx`, for images of any number, opset chosen by torch.
-        peft: also `adapter/`, a LoRA adapter for the pretrained timm model with a new head.
+        out: where to write; made if missing. What an earlier export wrote there is replaced.
+        onnx: also `model.onnx`, for any number of images.
+        peft: also `adapter/`, a LoRA adapter for the pretrained model, with the head.
 
     Returns:
         The exported model, (B, 3, S, S) -> (B, classes), classes in learning order.
 
     Raises:
-        ValueError: if the folder holds no finished run, the method's answers are not those of one vision transformer, what it changed is no
-            LoRA adapter, or a package is missing.
+        ValueError: if the folder holds no finished run, the method's answers are not those of one vision transformer, what training changed
+            is no LoRA adapter, or a package is missing.
     """
-    found = read_summary(folder)
-    if found is None:
+    found, announced = read_summary(folder), last_run_event(folder)
+    if found is None or announced is None:
         raise ValueError(f"{folder} holds no finished run (no summary.json); finish it with `python train.py output_dir={folder} ...`")
-    if "class_names" not in found:
-        raise ValueError(f"{folder} is of an older version, which did not record the names of the classes; run it again")
     if onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise ValueError("--onnx needs packages that are not installed; run `pip install onnx onnxscript`")
     plain = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -76,19 +73,24 @@ def export_run(folder: Path, out: Path, *, onnx: bool = False, peft: bool = Fals
         raise ValueError(f"{folder} has no checkpoint left to export")
     method.load_state_dict(state["method"])
     model, recipe = plain_model(method.eval(), backbone, found["method"])
-
-    out.mkdir(parents=True, exist_ok=True)
+    adapter = make_adapter(load(checkpoints.base)["method"]["tensors"], model, found) if peft else None
     normalization = (backbone.mean, backbone.std) if found["normalize"] == "timm" else (None, None)
     _, transform = build_transforms(found["transform"], backbone.image_size, *normalization)
-    config = recipe | model_config(model, transform, found)
-    write_atomically(out / "config.json", lambda file: file.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n"))
+    class_names = [name for task in announced["tasks"] for name in task]
+    module = plain["backbone"]["name"].rpartition(":")[0] or None
+    config = recipe | model_config(model, transform, class_names, found | {"module": module})
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.onnx", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"):
+        (out / name).unlink(missing_ok=True)  # first, so that a stopped export leaves no mixture
     _save(out / "model.safetensors", model.state_dict())
     if onnx:
-        batch = torch.export.Dim("batch")
-        x = _noise(backbone.image_size)
-        torch.onnx.export(model, (x,), out / "model.onnx", dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False)
-    if peft:
-        save_adapter(out / "adapter", load(checkpoints.base)["method"]["tensors"], model, backbone.tag)
+        save_onnx(out / "model.onnx", model, backbone.image_size)
+    if adapter is not None:
+        (out / "adapter").mkdir(exist_ok=True)
+        _save(out / "adapter" / "adapter_model.safetensors", adapter[1])
+        _save_json(out / "adapter" / "adapter_config.json", adapter[0])
+    _save_json(out / "config.json", config)
     return model
 
 
@@ -99,12 +101,12 @@ def plain_model(method: Method, backbone: Backbone, name: str) -> tuple[nn.Modul
         ValueError: if that model does not give the method's scores.
     """
     refusal = ValueError(
-        f"method={name} does not answer with one vision transformer and a linear head (but with prompts, adapters, prototypes or several "
-        "passes), so there is no timm model of it; `python -m inflora.evaluate RUN_DIR` tests it as it is"
+        f"method={name} does not answer with one of timm's vision transformers and a linear head (but with prompts, adapters, prototypes, "
+        "several passes or another norm), so there is no timm model of it; `python -m inflora.evaluate RUN_DIR` tests it as it is"
     )
-    if isinstance(method.heads, ClassCounts):
+    heads = [head for head in getattr(method.heads, "heads", []) if isinstance(head, nn.Linear)]
+    if not heads:
         raise refusal
-    heads = [head for head in method.heads.heads if isinstance(head, nn.Linear)]
     state = lora.merged_copy(method.backbone).state_dict()
     state["head.weight"] = torch.cat([head.weight.detach() for head in heads])
     biases = [torch.zeros(head.out_features) if head.bias is None else head.bias.detach() for head in heads]
@@ -117,18 +119,18 @@ def plain_model(method: Method, backbone: Backbone, name: str) -> tuple[nn.Modul
     x = _noise(backbone.image_size)
     with torch.no_grad():
         wanted, given = method.predict(x), model(x)
-    if wanted.shape != given.shape or (wanted - given).abs().max() > TOLERANCE * wanted.abs().max():
+    if wanted.shape != given.shape or not (wanted - given).abs().max() <= TOLERANCE * given.abs().max():  # nor are NaN and infinity
         raise refusal
     return model, recipe
 
 
-def model_config(model: Any, transform: Any, found: dict[str, Any]) -> dict[str, Any]:
+def model_config(model: Any, transform: Any, class_names: list[str], found: dict[str, Any]) -> dict[str, Any]:
     """The rest of `config.json`, in the layout of timm's models on the Hugging Face hub; what is of this project is under `inflora`."""
     assert isinstance(transform, Resize)
     return {
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "label_names": found["class_names"],
+        "label_names": class_names,
         "pretrained_cfg": {
             "tag": f"{found['method']}_{found['dataset']}",
             "input_size": [3, transform.size, transform.size],
@@ -146,36 +148,56 @@ def model_config(model: Any, transform: Any, found: dict[str, Any]) -> dict[str,
     }
 
 
-def save_adapter(out: Path, pretrained: dict[str, Tensor], model: Any, tag: str) -> None:
-    """Write what training added to the pretrained weights as a LoRA adapter in PEFT's layout, the head beside it.
+def save_onnx(file: Path, model: nn.Module, image_size: int) -> None:
+    """Write an ONNX file whose first axis is free.
+
+    Raises:
+        ValueError: if torch cannot express the model.
+    """
+    batch = torch.export.Dim("batch")
+    options: dict[str, Any] = {"dynamo": True, "dynamic_shapes": ({0: batch},), "external_data": False, "verbose": False}
+    try:
+        write_atomically(file, lambda path: torch.onnx.export(model, (_noise(image_size),), path, **options))
+    except RuntimeError as error:
+        raise ValueError(f"--onnx: torch cannot export this model: {error}") from error
+
+
+def make_adapter(pretrained: dict[str, Tensor], model: Any, found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What training added to the pretrained weights as a LoRA adapter in PEFT's layout, the head beside it.
 
     The factors of all tasks together: singular vectors of the difference of each linear layer, as many as stand out of float32's rounding.
 
     Args:
         pretrained: the backbone's weights before the first task, by name of the method's tensors.
         model: the exported model.
-        tag: timm's name of the pretrained model.
+        found: the run's summary.
+
+    Returns:
+        The content of `adapter_config.json`, and the tensors.
 
     Raises:
-        ValueError: if anything but weights of linear layers differs, or nothing does.
+        ValueError: if the pretrained weights are nobody else's, anything but weights of linear layers differs, or nothing does.
     """
+    base = {key: pretrained[f"backbone.{key}"] for key in model.state_dict() if not key.startswith("head.")}
+    if found["weights"]["source"] == "random":
+        raise ValueError("--peft: the run began with random weights, which nobody else has; export without --peft")
+    if tensors_sha256(base) != found["weights"]["tensors_sha256"]:
+        raise ValueError("--peft: the method began by changing the pretrained weights, which an adapter cannot say; export without --peft")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     linears = {f"{name}.weight": name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for key, value in model.state_dict().items():
-        if key.startswith("head."):
-            continue
-        before = pretrained[f"backbone.{key}"]
-        if torch.equal(before, value):
+    for key, before in base.items():
+        after = model.state_dict()[key]
+        if torch.equal(before, after):
             continue
         if key not in linears:
             raise ValueError(f"--peft: training changed {key}, which is no weight of a linear layer; export without --peft")
-        U, S, Vh = torch.linalg.svd(value.double() - before.double(), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(after.double() - before.double(), full_matrices=False)
         rounding = 4 * torch.finfo(torch.float32).eps * before.double().norm()
-        rank = int((rounding < S).sum())
-        factors[linears[key]] = ((S[:rank].sqrt() * U[:, :rank]).float(), (S[:rank].sqrt()[:, None] * Vh[:rank]).float())
+        if rank := int((rounding < S).sum()):
+            roots = S[:rank].sqrt()
+            factors[linears[key]] = ((roots * U[:, :rank]).float(), (roots[:, None] * Vh[:rank]).float())
     if not factors:
         raise ValueError("--peft: training changed nothing in the backbone; export without --peft, the head is in model.safetensors")
-    out.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.head.{kind}": getattr(model.head, kind) for kind in ("weight", "bias")}
     for name, (lora_B, lora_A) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_A
@@ -183,7 +205,7 @@ def save_adapter(out: Path, pretrained: dict[str, Tensor], model: Any, tag: str)
     ranks = {name: len(lora_A) for name, (_, lora_A) in factors.items()}
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": tag,
+        "base_model_name_or_path": found["backbone_tag"] if found["weights"]["source"] == "timm" else found["weights"]["file"],
         "inference_mode": True,
         "target_modules": list(factors),
         "modules_to_save": ["head"],
@@ -193,8 +215,7 @@ def save_adapter(out: Path, pretrained: dict[str, Tensor], model: Any, tag: str)
         "alpha_pattern": ranks,  # alpha / rank = 1
         "bias": "none",
     }
-    write_atomically(out / "adapter_config.json", lambda file: file.write_text(json.dumps(config, indent=2) + "\n"))
-    _save(out / "adapter_model.safetensors", tensors)
+    return config, tensors
 
 
 def _crop_share(size: int, resized: int) -> float:
@@ -206,6 +227,10 @@ def _crop_share(size: int, resized: int) -> float:
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     write_atomically(file, lambda path: path.write_bytes(content))
+
+
+def _save_json(file: Path, content: dict[str, Any]) -> None:
+    write_atomically(file, lambda path: path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"))
 
 
 def _noise(image_size: int) -> Tensor:
@@ -230,7 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 1
-    print(f'Written to {given.out}. In timm: timm.create_model("local-dir:{given.out}", pretrained=True)')
+    module = json.loads((given.out / "config.json").read_text(encoding="utf-8"))["inflora"]["module"]
+    after = f" after `import {module}`" if module else ""
+    print(f'Written to {given.out}. In timm{after}: timm.create_model("local-dir:{given.out}", pretrained=True)')
     return 0
 
 

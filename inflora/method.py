@@ -152,7 +152,10 @@ class Method(nn.Module):
         return self.heads.num_classes - self.heads.sizes[-1]
 
     def features(self, x: Tensor) -> Tensor:
-        """Class token after the final norm, (B, embed_dim)."""
+        """Class token after the final norm, (B, embed_dim).
+
+        Of the last block, the backbone then computes little else; `self.backbone.forward_features(x)` has all tokens.
+        """
         return self.backbone(x)
 
     def local_cross_entropy(self, features: Tensor, y: Tensor, *, temperature: float = 1.0) -> Tensor:

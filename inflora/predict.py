@@ -1,22 +1,20 @@
 """Classify image files with an exported model: `python -m inflora.predict EXPORT_DIR image...`.
 
-Everything needed is in the folder that `inflora.export` wrote; model and preprocessing are timm's.
+Everything needed is in the folder that `inflora.export` wrote; model and preprocessing are timm's. Prints one line for each image, its
+parts separated by tabs: the file, then class and probability, best first.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from PIL import Image
 from torch import Tensor
 
 from inflora.backbone import load_exported
+from inflora.data.sources import IMAGE_SUFFIXES
 
 BATCH_SIZE = 32
 
@@ -26,46 +24,46 @@ class Classifier:
 
     Args:
         folder: what `inflora.export` wrote.
+        device: "cpu", "cuda" or "mps".
 
     Raises:
-        ValueError: if the folder holds no such model.
+        ValueError: if the folder holds no such model, or torch finds no such device.
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu") -> None:
-        self.model, self.transform = load_exported(folder)
-        self.class_names: list[str] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
+        if not {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}[device]():
+            raise ValueError(f"--device={device}, but torch finds no such device on this machine; choose cpu")
+        self.model, self.transform, self.class_names = load_exported(folder)
         self.model.to(device)
         self.device = device
 
-    @torch.inference_mode()
-    def probabilities(self, files: Sequence[Path]) -> Tensor:
-        """(len(files), classes), on the CPU: softmax of the scores.
+    def read(self, file: Path) -> Tensor:
+        """(3, S, S): an image file as the model takes it.
 
         Raises:
-            ValueError: if a file cannot be read as an image.
+            ValueError: if it cannot be read as an image.
         """
-        x = torch.stack([self.transform(_open(file)) for file in files])
+        try:
+            with Image.open(file) as image:
+                return self.transform(image.convert("RGB"))
+        except Exception as error:  # damaged files make Pillow raise anything from OSError to SyntaxError
+            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+
+    @torch.inference_mode()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, classes), on the CPU: softmax of the scores."""
         return self.model(x.to(self.device)).float().softmax(1).cpu()
 
 
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
-
-
 def image_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files, and those with an image's suffix at any depth of the folders, sorted.
+    """The files, and the images at any depth of the folders, sorted.
 
     Raises:
         ValueError: if a path does not exist, or a folder holds no image.
     """
-    suffixes = Image.registered_extensions()
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
                 raise ValueError(f"{path} holds no image")
             yield from found
@@ -76,30 +74,41 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m inflora.predict", description="Classify image files with an exported model.")
+    """The command line; returns the exit code: 1 if anything could not be classified."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inflora.predict",
+        description="Classify image files with an exported model. Prints a line for each image: the file, then class and probability, best "
+        "first, separated by tabs.",
+    )
     parser.add_argument("model", type=Path, metavar="EXPORT_DIR", help="what `python -m inflora.export` wrote")
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, help="how many classes to name for each (default: 3)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="default: cpu")
     given = parser.parse_args(arguments)
-    table = Table("image", *(f"{place}." for place in range(1, given.top + 1)))
+    code = 0
     try:
         if given.top < 1:
             raise ValueError(f"--top={given.top} names no class; choose 1 or more")
         classifier = Classifier(given.model, device=given.device)
         files = list(image_files(given.images))
-        batches = [files[start : start + BATCH_SIZE] for start in range(0, len(files), BATCH_SIZE)]
-        for batch in track(batches, description="classifying", console=Console(stderr=True), transient=True):
-            for file, row in zip(batch, classifier.probabilities(batch), strict=True):
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for start in range(0, len(files), BATCH_SIZE):
+        read: list[tuple[Path, Tensor]] = []
+        for file in files[start : start + BATCH_SIZE]:
+            try:
+                read.append((file, classifier.read(file)))
+            except ValueError as error:  # the others still have their turn
+                print(f"error: {error}", file=sys.stderr)
+                code = 1
+        if read:
+            rows = classifier.probabilities(torch.stack([x for _, x in read]))
+            for (file, _), row in zip(read, rows, strict=True):
                 best = row.topk(min(given.top, len(row)))
                 answers = [f"{classifier.class_names[label]} {100 * p:.1f} %" for p, label in zip(*map(Tensor.tolist, best), strict=True)]
-                table.add_row(str(file), *answers)
-    except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        return 1
-    Console().print(table)
-    return 0
+                print(file, *answers, sep="\t", flush=True)
+    return code
 
 
 if __name__ == "__main__":

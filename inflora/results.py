@@ -108,7 +108,6 @@ def summary(
         "num_tasks": sequence.num_tasks,
         "task_sizes": list(sequence.task_sizes),
         "class_order": list(sequence.class_order),
-        "class_names": [name for task in sequence.tasks for name in task.class_names],
         **summarize(records.matrices[0], records.matrices[1], records.matrices[2], sequence.test_counts),
         "trainable_parameters": max(records.trainable_parameters, default=0),
         "trainable_parameters_per_task": records.trainable_parameters,

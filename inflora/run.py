@@ -384,7 +384,7 @@ def _check_tasks(folder: Path, parts: Parts) -> None:
     Raises:
         ValueError: if they are not.
     """
-    old = _last_run_event(folder)
+    old = last_run_event(folder)
     if old is None:
         return
     new = [task.class_names for task in parts.sequence.tasks]
@@ -395,7 +395,8 @@ def _check_tasks(folder: Path, parts: Parts) -> None:
         )
 
 
-def _last_run_event(folder: Path) -> dict[str, Any] | None:
+def last_run_event(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder last announced: its `tasks`, lists of class names, among it."""
     file = folder / "metrics.jsonl"
     if not file.exists():
         return None

@@ -426,12 +426,33 @@ def test_other_features_than_the_class_token_stay_whole(rows_of_last_mlp):
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
-@pytest.mark.parametrize("part", ["", ".attn"])
+@pytest.mark.parametrize("part", ["blocks", "blocks.2", "blocks.2.attn"])
 def test_a_block_with_hooks_stays_whole(part, kind, rows_of_last_mlp):
     calls: list[str] = []
     pair = twins()
     for model in pair:
-        getattr(model.get_submodule(f"blocks.2{part}"), f"register_{kind}")(lambda *_: calls.append("called"))
+        getattr(model.get_submodule(part), f"register_{kind}")(lambda *_: calls.append("called"))
+    same_features_and_gradients(*pair)
+    assert len(calls) == 2
+    assert rows_of_last_mlp == [17, 17]
+
+
+@pytest.mark.parametrize("part", ["blocks.2", "blocks.2.attn"])
+def test_a_block_with_a_forward_of_its_own_stays_whole(part, rows_of_last_mlp):
+    calls: list[str] = []
+
+    def patch(module: nn.Module) -> None:
+        forward = module.forward
+
+        def patched(*arguments: Any, **options: Any) -> Tensor:
+            calls.append("called")
+            return forward(*arguments, **options)
+
+        module.forward = patched
+
+    pair = twins()
+    for model in pair:
+        patch(model.get_submodule(part))
     same_features_and_gradients(*pair)
     assert len(calls) == 2
     assert rows_of_last_mlp == [17, 17]

@@ -1,6 +1,8 @@
 """A finished run as a plain timm model, an ONNX file and a PEFT adapter, and files classified with it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,16 @@ import torch
 import toy
 from helpers import METHODS, ROOT, run_toy
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from inflora import export, predict
+from inflora.backbone import build_backbone
 from inflora.checkpoint import load
 from inflora.data import transforms
 from inflora.export import export_run, model_config
+from inflora.methods.linear_probe import LinearProbe
 from inflora.results import read_summary
 
 EXPORTED = {
@@ -32,10 +36,20 @@ EXPORTED = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The override that makes a toy run begin with weights from a file."""
+    file = tmp_path_factory.mktemp("weights") / "toy.safetensors"
+    state = toy.toy_vit(seed=5).state_dict()
+    save_file(state | {"norm.weight": 2 * state["norm.weight"]}, file)  # no fresh norm
+    return f"backbone.checkpoint={file}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Path:
     """A finished InfLoRA run."""
     folder = tmp_path_factory.mktemp("runs") / "inflora"
-    run_toy(folder, "method=inflora", "dataset.class_order=[5,3,0,1,4,2]", "seed=1", "trainer.epochs=20", "optimizer.head_lr=1e-2")
+    options = ["dataset.class_order=[5,3,0,1,4,2]", "seed=1", "trainer.epochs=20", "optimizer.head_lr=1e-2"]
+    run_toy(folder, "method=inflora", weights, *options)
     return folder
 
 
@@ -71,7 +85,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_files_classified_by_the_exported_model_have_the_runs_accuracy(finished: Path, exported: Path, images: Path):
     files = list(predict.image_files([images]))
     classifier = predict.Classifier(exported)
-    answers = classifier.probabilities(files)
+    answers = classifier.probabilities(torch.stack([classifier.read(file) for file in files]))
     assert torch.allclose(answers.sum(1), torch.ones(24))
     right = [classifier.class_names[row.argmax()] == file.parent.name for file, row in zip(files, answers, strict=True)]
     found = read_summary(finished)
@@ -116,7 +130,7 @@ def test_a_method_is_exported_or_refused(method: str, tmp_path: Path, capsys: py
         assert isinstance(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), torch.nn.Module)
     else:
         assert code == 1 and not (tmp_path / "out").exists()
-        assert error_of(capsys).startswith(f"method={method} does not answer with one vision transformer and a linear head")
+        assert error_of(capsys).startswith(f"method={method} does not answer with one of timm's vision transformers and a linear head")
 
 
 @pytest.mark.parametrize("normalize", ["none", "timm"])
@@ -125,9 +139,9 @@ def test_a_method_is_exported_or_refused(method: str, tmp_path: Path, capsys: py
 def test_timms_preprocessing_is_that_of_the_test_images(name: str, normalize: str, size: int, height: int, width: int):
     mean, std = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]) if normalize == "timm" else (None, None)
     _, ours = transforms.build_transforms(name, size, mean, std)
-    found = dict.fromkeys(export.PROVENANCE, "some") | {"class_names": ["a", "b"]}
+    found = dict.fromkeys(export.PROVENANCE, "some")
     model = timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=2)
-    model.pretrained_cfg = model_config(model, ours, found)["pretrained_cfg"]
+    model.pretrained_cfg = model_config(model, ours, ["a", "b"], found)["pretrained_cfg"]
     theirs = create_transform(**resolve_model_data_config(model))
     pixels = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wanted = ours(pixels[None], None, None)[0]
@@ -174,57 +188,133 @@ def test_onnx_computes_the_same(finished: Path, tmp_path: Path):
         torch.testing.assert_close(torch.from_numpy(session.run(None, {name: x.numpy()})[0]), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_formats_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    for method, sentence in (
-        ("linear_probe", "training changed nothing in the backbone"),
-        ("sequential_full", "training changed cls_token"),
-    ):
-        run_toy(tmp_path / method, f"method={method}", "trainer.epochs=1")
+def test_another_export_leaves_nothing_of_the_one_before(finished: Path, tmp_path: Path):
+    export_run(finished, tmp_path, peft=True)
+    (tmp_path / "model.onnx").write_bytes(b"of another run")
+    export_run(finished, tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["config.json", "model.safetensors"]
+
+
+def test_formats_that_cannot_be_written(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    faults = {
+        ("linear_probe", weights): "training changed nothing in the backbone",
+        ("sequential_full", weights): "training changed cls_token",
+        ("inflora_ca", weights, "alignment.fresh_norm=true"): "the method began by changing the pretrained weights",
+        ("inflora", "backbone.pretrained=false"): "the run began with random weights",
+    }
+    for (method, *options), sentence in faults.items():
+        run_toy(tmp_path / method, f"method={method}", "trainer.epochs=1", *options)
+        monkeypatch.setattr(export, "TOLERANCE", 0.1)  # a fresh norm's other epsilon shows in the toy's small features
         assert export.main([str(tmp_path / method), "--out", str(tmp_path / "out"), "--peft"]) == 1
         assert error_of(capsys).startswith(f"--peft: {sentence}")
+    assert not (tmp_path / "out").exists()
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     assert export.main([str(tmp_path / "linear_probe"), "--out", str(tmp_path / "out"), "--onnx"]) == 1
     assert error_of(capsys) == "--onnx needs packages that are not installed; run `pip install onnx onnxscript`"
 
 
-def test_runs_that_cannot_be_exported(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_without_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert error_of(capsys).startswith(f"{tmp_path} holds no finished run")
-    found = read_summary(finished)
-    assert found is not None
-    del found["class_names"]
-    (tmp_path / "summary.json").write_text(json.dumps(found))
-    assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "is of an older version" in error_of(capsys)
+
+
+class Strange(LinearProbe):
+    """Answers that no comparison should take for a model's."""
+
+    answer: float
+
+    def predict(self, x: Tensor) -> Tensor:
+        return torch.full_like(super().predict(x), self.answer)
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), float("-inf"), 0.0, 1e30])
+def test_scores_that_differ_are_refused_whatever_they_are(answer: float):
+    method, backbone = Strange(toy.toy_vit()), build_backbone("vit_toy.test", pretrained=False, checkpoint=None)
+    method.answer = answer
+    method.heads.grow(2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="method=strange does not answer with one of timm's"):
+        export.plain_model(method.eval(), backbone, "strange")
+    method.heads.heads = torch.nn.ModuleList([torch.nn.Identity()])
+    with pytest.raises(ValueError, match="method=strange does not answer with one of timm's"):
+        export.plain_model(method.eval(), backbone, "strange")
 
 
 # ---- classifying files -------------------------------------------------------------------------------------------------------------
 
 
-def test_predict_prints_a_line_for_every_image(
-    exported: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_predict_prints_a_line_for_every_image(exported: Path, images: Path, capsys: pytest.CaptureFixture[str]):
     one = images / "class_03" / "0.png"
     assert predict.main([str(exported), str(one), str(images / "class_04"), "--top", "2"]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if ".png" in line]
-    assert len(lines) == 5 and str(one) in lines[0]
-    assert all(line.count("class_") == 3 and line.count(" %") == 2 for line in lines)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [str(one), *(str(images / "class_04" / f"{row}.png") for row in range(4))]
+    for _, first, second in lines:
+        (_, *p), (_, *q) = (re.fullmatch(r"class_0(\d) (\d+\.\d) %", answer).groups() for answer in (first, second))  # type: ignore[union-attr]
+        assert float(p[0]) >= float(q[0]) and float(p[0]) + float(q[0]) <= 100.1
+
+
+def test_a_broken_image_does_not_cost_the_others_their_turn(
+    exported: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "no image.png").write_bytes(b"no image")
+    png = (images / "class_03" / "0.png").read_bytes()
+    (tmp_path / "broken[x].png").write_bytes(png[:40] + bytes(20) + png[60:])
+    (tmp_path / "notes.pdf").write_bytes(b"not to be opened")
+    (tmp_path / "whole.png").write_bytes(png)
+    assert predict.main([str(exported), str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1 and said.out.startswith(str(tmp_path / "whole.png"))
+    assert [line.partition(" cannot be read as an image")[0] for line in said.err.splitlines()] == [
+        f"error: {tmp_path / name}" for name in ("broken[x].png", "no image.png")
+    ]
 
 
 def test_what_predict_cannot_do(exported: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
+    for name, text in {"hub": '{"architecture": "vit_tiny_patch16_224"}', "list": "[]", "half": "{"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "without weights").mkdir()
+    (tmp_path / "without weights" / "config.json").write_text((exported / "config.json").read_text())
     one = str(images / "class_03" / "0.png")
-    for arguments, sentence in (
+    cases = [
         ([str(tmp_path / "nowhere"), one], f"{tmp_path / 'nowhere'} holds no exported model"),
+        *(([str(tmp_path / name), one], f"{tmp_path / name} holds no exported model") for name in ("hub", "list", "half")),
+        ([str(tmp_path / "without weights"), one], f"the model in {tmp_path / 'without weights'} cannot be loaded"),
         ([str(exported), str(tmp_path / "missing.png")], f"{tmp_path / 'missing.png'} does not exist"),
         ([str(exported), str(tmp_path / "empty")], f"{tmp_path / 'empty'} holds no image"),
-        ([str(exported), str(tmp_path / "broken.png")], f"{tmp_path / 'broken.png'} cannot be read as an image"),
         ([str(exported), one, "--top", "0"], "--top=0 names no class"),
-    ):
+    ]
+    if not torch.cuda.is_available():
+        cases.append(([str(exported), one, "--device", "cuda"], "--device=cuda, but torch finds no such device"))
+    for arguments, sentence in cases:
         assert predict.main(arguments) == 1
         assert error_of(capsys).startswith(sentence)
+
+
+def test_somebody_elses_backbone(tmp_path: Path):
+    """Its module is imported again, in processes that know nothing of it."""
+    (tmp_path / "elsewhere.py").write_text((ROOT / "examples" / "my_method" / "my_method" / "backbone.py").read_text())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    options = [
+        "debug=default",
+        "dataset.num_tasks=2",
+        "trainer.progress=false",
+        "trainer.device=cpu",
+        "method=linear_probe",
+        "~tuning",
+        "~inputs",
+    ]
+    python(str(ROOT / "train.py"), "backbone.name=elsewhere:my_vit.first", "backbone.pretrained=false", *options, "output_dir=run")
+    said = python("-m", "inflora.export", "run", "--out", "out")
+    assert "In timm after `import elsewhere`: timm.create_model" in said
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    assert python("-m", "inflora.predict", "out", "black.png").startswith("black.png\t")
 
 
 def test_the_commands_say_how_they_are_used():
