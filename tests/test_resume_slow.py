@@ -186,7 +186,8 @@ TOYS = ["dataset._target_=toy.tiny", "dataset.num_tasks=3", "dataset.transform=s
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["method=inflora", "method.rank=4", "trainer.batch_size=5"],
+        # With seed 0, one number's gradient is nothing but rounding in one step, and Adam makes a whole step of it.
+        ["method=inflora", "method.rank=4", "trainer.batch_size=5", "seed=1"],
         ["method=inflora", "method.rank=4", LONELY],
         ["method=sequential", "method.rank=4", "optimizer=sgd", "trainer.grad_clip=1", LONELY],
         ["method=joint", "method.rank=4", "trainer.batch_size=5"],
