@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,7 +102,12 @@ class Bench:
         self.sizes, self.rank = sizes, rank
         self.writes_out_attention = device == "cpu" and precision != "32"  # as a run does
         self.tolerance, self.accuracy_tolerance = (1e-4, 0.02) if precision == "32" else (3e-2, 0.1)
-        self.fabric = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])  # type: ignore[arg-type]
+        self.fabric = Fabric(
+            accelerator=device,
+            devices=1,
+            precision=PRECISIONS[precision],  # type: ignore[arg-type]
+            plugins=[LightningEnvironment()],  # where Slurm is installed, Fabric would ask for srun
+        )
         torch.manual_seed(SEED)
         built = build_backbone(backbone, pretrained=pretrained, checkpoint=None, image_size=image_size)
         self.vit = built.model.to(self.fabric.device)

@@ -14,6 +14,7 @@ import torch
 import toy
 from helpers import num_rows, read_events, results, run_toy
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from inflora import checkpoint, run, trackers, trainer
@@ -275,7 +276,7 @@ def test_evaluate_counts_as_a_loop_over_images_does():
     method = LinearProbe(toy.toy_vit())
     for task in tasks:
         method.begin_task(task)
-    rates = evaluate(method, tasks.tasks, tasks.class_to_task, Fabric(accelerator="cpu"))
+    rates = evaluate(method, tasks.tasks, tasks.class_to_task, Fabric(accelerator="cpu", plugins=[LightningEnvironment()]))
     expected = np.zeros((3, 3))
     bounds = [(0, 3), (3, 4), (4, 6)]
     for t, task in enumerate(tasks):
