@@ -47,14 +47,19 @@ def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
 
 
 def test_operations_of_a_step_are_those_counted_by_hand():
-    """Batch 4 of 16 patches and a class token, width 32, two blocks of 12 width^2 weights; 2 operations per weight and token."""
+    """Batch 4 of 16 patches and a class token, width 32, two blocks of 12 width^2 weights; 2 operations per weight and token.
+
+    In the second block, all tokens meet the 3 width^2 weights of qkv; only the class tokens ask, and go on to the other 9.
+    """
     tokens, dim, rank, patches = 4 * 17, 32, 10, 4 * 16
-    weights = 2 * tokens * dim * dim
-    attention = 2 * 2 * 4 * 17 * 17 * dim  # two products; each has two in the backward pass
+    weights, last_weights = 2 * tokens * dim * dim, 2 * 4 * dim * dim
+    attention, last_attention = 2 * 2 * 4 * 17 * 17 * dim, 2 * 2 * 4 * 17 * dim  # two products; each has two in the backward pass
     lora_A, lora_B, head = 2 * tokens * dim * rank, 2 * tokens * 3 * dim * rank, 2 * 4 * dim * 2
-    forward = 2 * patches * 48 * dim + 2 * (12 * weights + attention + lora_A) + head
+    blocks = (12 * weights + attention) + (3 * weights + 9 * last_weights + last_attention)
+    forward = 2 * patches * 48 * dim + blocks + 2 * lora_A + head
     # Towards the inputs of frozen weights, of the first block's qkv excepted; lora_B's own gradient, and in the second block through it.
-    backward = (12 + 9) * weights + 2 * 2 * attention + 2 * lora_B + (lora_B + lora_A) + 2 * head
+    towards_inputs = 9 * weights + (3 * weights + 9 * last_weights)
+    backward = towards_inputs + 2 * (attention + last_attention) + 2 * lora_B + (lora_B + lora_A) + 2 * head
     assert small_bench().limit()["operations"] == forward + backward
 
 
