@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from inflora.checkpoint import CheckpointFolder
-from inflora.results import read_summary
-from inflora.run import USER_ERRORS, build, make_fabric
+from inflora.run import USER_ERRORS, build, finished_run, load_trained, make_fabric
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 
@@ -38,19 +35,14 @@ def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[n
     Raises:
         ValueError: if the folder holds no finished run.
     """
-    if read_summary(folder) is None:
-        raise ValueError(f"{folder} holds no finished run (no summary.json); finish it with `python train.py output_dir={folder} ...`")
-    plain = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    _, plain = finished_run(folder)
     for key, value in (changes or {}).items():
         group, _, name = key.partition(".")
         plain[group][name] = value
     fabric = make_fabric(plain["trainer"] | {"num_devices": 1})
     fabric.launch()
     parts = build(fabric, plain)
-    state = CheckpointFolder(folder / "checkpoints").latest()
-    if state is None:
-        raise ValueError(f"{folder} has no checkpoint left to test")
-    parts.method.load_state_dict(state["method"])
+    load_trained(parts.method, folder)
     last = parts.sequence[len(parts.sequence) - 1]
     rates = evaluate(parts.method, parts.sequence.seen(last), parts.sequence.class_to_task, fabric)
     return rates[0], read_matrix(folder / "accuracy_matrix.csv")[-1]

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from inflora import __version__, lora
@@ -29,8 +28,7 @@ from inflora.backbone import Backbone, tensors_sha256, timm_model
 from inflora.checkpoint import CheckpointFolder, load, write_atomically
 from inflora.data.transforms import Resize, build_transforms
 from inflora.method import Method
-from inflora.results import read_summary
-from inflora.run import USER_ERRORS, build_method, last_run_event, make_fabric
+from inflora.run import USER_ERRORS, build_method, finished_run, last_run_event, load_trained, make_fabric
 
 TOLERANCE = 1e-4
 """Largest difference to the method's scores, relative to the largest of them: rounding in float32."""
@@ -58,24 +56,19 @@ def export_run(folder: Path, out: Path, *, onnx: bool = False, peft: bool = Fals
         ValueError: if the folder holds no finished run, the method's answers are not those of one vision transformer, what training changed
             is no LoRA adapter, or a package is missing.
     """
-    found, announced = read_summary(folder), last_run_event(folder)
-    if found is None or announced is None:
-        raise ValueError(f"{folder} holds no finished run (no summary.json); finish it with `python train.py output_dir={folder} ...`")
+    found, plain = finished_run(folder)
     if onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise ValueError("--onnx needs packages that are not installed; run `pip install onnx onnxscript`")
-    plain = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     plain["backbone"] |= {"pretrained": False, "checkpoint": None}  # the checkpoint has all weights
     fabric = make_fabric(plain["trainer"] | {"num_devices": 1, "device": "cpu", "precision": "32"})
     backbone, method = build_method(fabric, plain)
-    checkpoints = CheckpointFolder(folder / "checkpoints")
-    state = checkpoints.latest()
-    if state is None:
-        raise ValueError(f"{folder} has no checkpoint left to export")
-    method.load_state_dict(state["method"])
+    load_trained(method, folder)
     model, recipe = plain_model(method.eval(), backbone, found["method"])
-    adapter = make_adapter(load(checkpoints.base)["method"]["tensors"], model, found) if peft else None
+    adapter = make_adapter(load(CheckpointFolder(folder / "checkpoints").base)["method"]["tensors"], model, found) if peft else None
     normalization = (backbone.mean, backbone.std) if found["normalize"] == "timm" else (None, None)
     _, transform = build_transforms(found["transform"], backbone.image_size, *normalization)
+    announced = last_run_event(folder)
+    assert announced is not None, "a finished run has begun"
     class_names = [name for task in announced["tasks"] for name in task]
     module = plain["backbone"]["name"].rpartition(":")[0] or None
     config = recipe | model_config(model, transform, class_names, found | {"module": module})
@@ -225,8 +218,8 @@ def _crop_share(size: int, resized: int) -> float:
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    write_atomically(file, lambda path: path.write_bytes(content))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def _save_json(file: Path, content: dict[str, Any]) -> None:

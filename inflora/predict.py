@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from inflora.backbone import load_exported
-from inflora.data.sources import IMAGE_SUFFIXES
+from inflora.data.sources import is_image
+from inflora.run import has_device
 
 BATCH_SIZE = 32
 
@@ -31,7 +32,7 @@ class Classifier:
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu") -> None:
-        if not {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}[device]():
+        if not has_device(device):
             raise ValueError(f"--device={device}, but torch finds no such device on this machine; choose cpu")
         self.model, self.transform, self.class_names = load_exported(folder)
         self.model.to(device)
@@ -63,7 +64,7 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
     """
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file.relative_to(path).as_posix()))
             if not found:
                 raise ValueError(f"{path} holds no image")
             yield from found

@@ -25,7 +25,7 @@ from torch.multiprocessing import ProcessExitedException
 from inflora import config as configuration
 from inflora import report
 from inflora.backbone import Backbone, build_backbone, write_out_attention
-from inflora.checkpoint import CheckpointError, config_differences, lock_run, write_atomically
+from inflora.checkpoint import CheckpointError, CheckpointFolder, config_differences, lock_run, write_atomically
 from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
@@ -115,8 +115,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
 def make_fabric(trainer: dict[str, Any]) -> Fabric:
     """Devices, processes and precision of the run."""
     processes, device = trainer["num_devices"], trainer["device"]
-    has_device = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
-    if not has_device:
+    if not has_device(device):
         raise ValueError(f"trainer.device={device}, but torch finds no such device on this machine; choose auto or cpu")
     started = started_by_launcher(processes)
     if started is not None and processes != started.total:
@@ -137,6 +136,11 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         precision=PRECISIONS[trainer["precision"]],  # type: ignore[arg-type]
         plugins=None if started else [LightningEnvironment()],  # inside a Slurm job, Fabric would wait for tasks that nobody started
     )
+
+
+def has_device(device: str) -> bool:
+    """Whether torch finds a device of this kind on this machine."""
+    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
 
 
 class Started(NamedTuple):
@@ -393,6 +397,30 @@ def _check_tasks(folder: Path, parts: Parts) -> None:
             f"output_dir={folder} holds a run over other tasks: dataset.num_tasks, dataset.task_sizes, dataset.class_order and the "
             "classes in dataset.root must give the same tasks, or the same and then more; choose another output_dir"
         )
+
+
+def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The summary of the finished run in a folder, and its resolved configuration.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = read_summary(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no finished run (no summary.json); finish it with `python train.py output_dir={folder} ...`")
+    return found, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+
+
+def load_trained(method: Method, folder: Path) -> None:
+    """Bring a method to where the run in a folder ended.
+
+    Raises:
+        ValueError: if the folder has no checkpoint left.
+    """
+    state = CheckpointFolder(folder / "checkpoints").latest()
+    if state is None:
+        raise ValueError(f"{folder} has no checkpoint left")
+    method.load_state_dict(state["method"])
 
 
 def last_run_event(folder: Path) -> dict[str, Any] | None:

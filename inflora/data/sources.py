@@ -52,7 +52,7 @@ class FolderSource(Source):
             for parent, subfolders, files in os.walk(location / folder, followlinks=True):
                 subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
                 prefix = Path(parent).relative_to(location).as_posix()
-                for name in filter(_is_image, files):
+                for name in filter(is_image, files):
                     stat = os.stat(os.path.join(parent, name))
                     stamps[f"{prefix}/{name}"] = (stat.st_size, stat.st_mtime_ns)
         super().__init__(location, "", folders, stamps)
@@ -82,13 +82,13 @@ class _Archive(NamedTuple):
 
 def _open_zip(location: Path) -> _Archive:
     archive = zipfile.ZipFile(location)
-    return _Archive([name for name in archive.namelist() if _is_image(name)], archive.read)
+    return _Archive([name for name in archive.namelist() if is_image(name)], archive.read)
 
 
 def _open_tar(location: Path) -> _Archive:
     with tarfile.open(location, "r:") as archive:
         members = [(member.name.removeprefix("./"), member) for member in archive if member.isfile()]
-    places = {name: (member.offset_data, member.size) for name, member in members if _is_image(name)}
+    places = {name: (member.offset_data, member.size) for name, member in members if is_image(name)}
 
     def read(name: str) -> bytes:
         offset, size = places[name]
@@ -154,7 +154,8 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
+    """Whether a path, relative to the folder that was given, names an image: by its suffix, and nothing hidden."""
     return path.lower().endswith(IMAGE_SUFFIXES) and not any(map(_is_hidden, path.split("/")))
 
 
