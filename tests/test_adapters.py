@@ -73,7 +73,7 @@ def test_a_dropped_path_does_not_drop_the_adapter():
 def test_dropout_is_for_training_only():
     vit = toy.toy_vit()
     (adapter, _) = trained(inject(vit, dropout=0.5))
-    x = torch.randn(3, toy.EMBED_DIM)
+    x = torch.randn(300, toy.EMBED_DIM)  # of three, two draws of the few active units may well be the same
     assert not torch.equal(adapter(x), adapter(x))
     vit.eval()
     assert torch.equal(adapter(x), adapter(x))
