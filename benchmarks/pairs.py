@@ -408,7 +408,7 @@ class Bench:
             grad_accumulation=1,
             seed=SEED,
             folder=folder,
-            records=Records(len(self.sequence)),
+            records=Records(len(self.sequence), self.fabric.device),
             trackers=Trackers(trackers),
             show_progress=False,
         )

@@ -293,7 +293,7 @@ class CheckpointFolder:
 
     Args:
         path: the folder; made when something is saved.
-        keep: how many of the newest checkpoints stay. The newest one saved with `boundary=True` stays besides.
+        keep: how many of the newest checkpoints stay. Of those saved with `boundary=True`, the one that each follows stays too.
     """
 
     def __init__(self, path: Path, keep: int = 2) -> None:
@@ -366,8 +366,9 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         paths = [path for path in self._paths() if path not in self._damaged]
-        kept = paths[-self.keep :] + [path for path in paths if _is_boundary(path)][-1:]
-        names = {path.with_suffix(suffix).name for path in kept for suffix in (".json", ".safetensors")}
+        kept, boundaries = paths[-self.keep :], [path for path in paths if _is_boundary(path)]
+        followed = [max((boundary for boundary in boundaries if boundary <= path), default=path) for path in kept]
+        names = {path.with_suffix(suffix).name for path in kept + followed for suffix in (".json", ".safetensors")}
         files = [file for pattern in ("[0-9]*-*.json", "[0-9]*-*.safetensors", "*.tmp", ".tmp*") for file in self.path.glob(pattern)]
         for file in files:  # records first: without one, what is left of a checkpoint is no checkpoint. safetensors writes .tmp*
             if file.name not in names:

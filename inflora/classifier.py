@@ -4,6 +4,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Head(nn.Linear):
+    """A linear head whose scores are those of its own precision, also where the backbone computes in half of it.
+
+    Scores in bfloat16 are so coarse that many images would have two equal best ones, of which `argmax` takes the older class.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
 
 
 class TaskHeads(nn.Module):
@@ -36,7 +48,7 @@ class TaskHeads(nn.Module):
 
     def grow(self, num_classes: int, device: torch.device) -> nn.Linear:
         """Add the head of the next task."""
-        head = nn.Linear(self.embed_dim, num_classes, device=device)
+        head = Head(self.embed_dim, num_classes, device=device)
         self.heads.append(head)
         return head
 
@@ -52,10 +64,12 @@ class TaskHeads(nn.Module):
         """What a loss over the newest head's classes compares: its scores (B, size), and the labels (B,) counted within it.
 
         With a single class that loss is identically zero and nothing would train, so from the second head on such a head's loss is one
-        over all classes.
+        over all classes, which leaves the older heads as they are.
         """
         if len(self) > 1 and self.current.out_features == 1:
-            return self(features), y
+            frozen = ({name: value.detach() for name, value in head.named_parameters()} for head in self.heads[:-1])
+            older = [functional_call(head, weights, features) for head, weights in zip(self.heads[:-1], frozen, strict=True)]
+            return torch.cat([*older, self.current(features)], dim=1), y
         return self.current(features), y - (self.num_classes - self.current.out_features)
 
     def forward(self, features: Tensor) -> Tensor:

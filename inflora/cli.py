@@ -11,6 +11,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +22,8 @@ from rich.console import Console
 from inflora import config, plugins
 
 EXIT_FAULT, EXIT_STOPPED = 1, 130
+
+PATH_KEYS = ("output_dir", "dataset.root", "backbone.checkpoint", "hydra.run.dir", "hydra.sweep.dir")
 
 GROUPS = {
     "dataset": "what to learn",
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     show_traceback = "--traceback" in arguments
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    others = [argument for argument in arguments if argument not in (*flags, "--traceback")]
+    others = [quoted(argument, bool(flags)) for argument in arguments if argument not in (*flags, "--traceback")]
     sys.argv[1:] = flags + others  # first, because argparse takes no values on both sides of a flag
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us, instead of Hydra's own printing
     config.register()
@@ -82,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = Job(show_traceback)
     app = hydra.main(version_base="1.3", config_path=str(plugins.own_conf()), config_name="config")(job)
     try:
+        if flags:
+            _check_sweep(others)
         app()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: options that exclude each other
         if show_traceback:
@@ -98,6 +104,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
     sys.exit(0)
+
+
+def quoted(argument: str, is_multirun: bool) -> str:
+    """A path as Hydra reads it: in quotes where its grammar has another use for a character, such as the `=` in a run's default folder.
+
+    Args:
+        argument: one of the command line's.
+        is_multirun: whether a comma parts several values.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key not in PATH_KEYS or not value:
+        return argument
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        if is_multirun or not override.is_sweep_override():
+            return argument
+    except HydraException:
+        pass
+    return f"{key}={QuotedString(os.path.expanduser(value), Quote.single).with_quotes()}"
+
+
+def _check_sweep(arguments: Sequence[str]) -> None:
+    """What changes no result is not part of a job's folder: jobs that differ in nothing else would be taken for one.
+
+    Raises:
+        ValueError: if such a key has several values.
+    """
+    for argument in arguments:
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:  # an option of Hydra's, or a mistake, which Hydra will name
+            continue
+        key = override.key_or_group
+        if override.is_sweep_override() and (key in config.RESULT_FREE or key.startswith("tracker.")):
+            raise ValueError(f"a multirun cannot try several values of {key}, whose jobs would share a folder; run it once for each")
 
 
 class JobFailed(Exception):

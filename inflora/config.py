@@ -130,10 +130,13 @@ def register() -> None:
 
 
 def folder_name(overrides: str) -> str:
-    """A job's overrides as the name of one folder: no tracker settings, no slashes, at most 200 bytes (the last are then a hash)."""
+    """A job's overrides as the name of one folder: no tracker settings, no slashes, at most 200 bytes (the last are then a hash).
+
+    "default" where nothing is left: the folder above is not one of a run.
+    """
     name = re.sub(r"(^|,)\+{0,2}tracker\.[^,=]+=(\[[^\]]*\]|[^,]*)", "", overrides).lstrip(",").replace("/", "_")
     if len(name.encode()) <= 200:
-        return name
+        return name or "default"
     return f"{name.encode()[:190].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
@@ -184,7 +187,7 @@ def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"{group}._target_={settings['_target_']} cannot be imported: {error}") from error
     try:
         hints = get_type_hints(target.__init__ if isinstance(target, type) else target)
-    except NameError:  # names that exist for type checkers only
+    except (NameError, TypeError):  # names that exist for type checkers only; an object that is called
         return
     unknown = _unknown_arguments(target, settings)
     wrong = [key for key, value in settings.items() if key in hints and not _fits(value, hints[key])]

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from inflora.run import USER_ERRORS, build, finished_run, load_trained, make_fabric
+from inflora import config as configuration
+from inflora.run import USER_ERRORS, build, finished_run, is_cpu, load_trained, make_fabric
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 
@@ -39,7 +41,11 @@ def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[n
     for key, value in (changes or {}).items():
         group, _, name = key.partition(".")
         plain[group][name] = value
-    fabric = make_fabric(plain["trainer"] | {"num_devices": 1})
+    configuration.check(OmegaConf.create(plain))
+    plain["trainer"]["num_devices"] = 1
+    if plain["trainer"]["precision"] == "16" and is_cpu(plain["trainer"]["device"]):
+        plain["trainer"]["precision"] = "32"  # what a CPU has
+    fabric = make_fabric(plain["trainer"])
     fabric.launch()
     parts = build(fabric, plain)
     load_trained(parts.method, folder)
@@ -67,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(str(task), f"{100 * a:.2f}", f"{100 * b:.2f}")
     Console().print(table)
     agree = bool(np.abs(now - recorded).max() <= TOLERANCE)
-    print("Same as recorded." if agree else "Not the same as recorded: other images, weights or packages than then.")
+    print("Same as recorded." if agree else "Not the same as recorded: other images, weights, packages or another precision than then.")
     return 0 if agree else 1
 
 

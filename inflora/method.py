@@ -24,6 +24,7 @@ statistics, with an optimiser of their own; in the epochs only the trainer steps
 next task shall not start from (heads aligned for the test, say) is put back in the next `begin_task`.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +35,8 @@ from torch import Tensor, nn
 from inflora.classifier import TaskHeads
 from inflora.data.tasks import Task
 from inflora.parts.dropout import SampleDropout
+
+log = logging.getLogger(__name__)
 
 
 class Method(nn.Module):
@@ -59,6 +62,7 @@ class Method(nn.Module):
         self.heads = TaskHeads(int(backbone.num_features))  # type: ignore[arg-type]
         self._hits: list[Tensor] = []
         self._answers = 0
+        self._lonely_head: nn.Module | None = None  # what has been said about
 
     # ---- the contract ----
 
@@ -163,6 +167,10 @@ class Method(nn.Module):
 
         A later stage of a single class uses the softmax over all seen classes (`TaskHeads.local`); the old heads stay frozen.
         """
+        if self.heads.current.out_features == 1 and self._lonely_head is not self.heads.current:
+            self._lonely_head = self.heads.current
+            what = "is zero" if len(self.heads) == 1 else "is over all seen classes"
+            log.info("this task has a single class: the cross-entropy, elsewhere over a task's own classes, %s", what)
         scores, labels = self.heads.local(features, y)
         self.observe(scores, labels)
         return F.cross_entropy(scores / temperature, labels)

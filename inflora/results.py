@@ -4,7 +4,6 @@ import contextlib
 import json
 import platform
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -36,9 +35,15 @@ class Records:
             of images assigned to the right task; row i after training task i, column j for the test images of task j.
         trainable_parameters: numbers trained in each stage.
         wall_seconds: time spent per part, summed over resumed parts of the run.
+
+    Args:
+        num_tasks: tasks of the sequence.
+        device: whose memory is watched.
     """
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, num_tasks: int, device: torch.device) -> None:
+        self.device = device
+        self._peak_before = 0
         self.matrices = np.full((3, num_tasks, num_tasks), np.nan)
         self.trainable_parameters: list[int] = []
         self.wall_seconds: dict[str, float] = dict.fromkeys(WALL_PARTS, 0.0)
@@ -63,6 +68,11 @@ class Records:
     def total_seconds(self) -> float:
         return self._total_before + time.monotonic() - self._began
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that any part of the run has held."""
+        return max(self._peak_before, peak_memory_bytes(self.device))
+
     def add(self, row: int, rates: np.ndarray) -> None:
         """The test results after training task `row`: (3, number of tasks), nan for tasks not tested."""
         self.matrices[:, row, : row + 1] = rates[:, : row + 1]
@@ -81,6 +91,7 @@ class Records:
             "trainable_parameters": list(self.trainable_parameters),
             "wall_seconds": self._parts(),
             "total_seconds": self.total_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -90,6 +101,7 @@ class Records:
         self.trainable_parameters = list(state["trainable_parameters"])
         self.wall_seconds = dict(state["wall_seconds"])
         self._total_before, self._began = state["total_seconds"], time.monotonic()
+        self._peak_before = state.get("peak_memory_bytes", 0)
 
     def timings(self) -> dict[str, float]:
         """`wall_seconds` as written: the parts, everything else, and the total."""
@@ -114,7 +126,7 @@ def summary(
         "stored_parameters": stored_parameters(method),
         "total_parameters": sum(parameter.numel() for parameter in method.parameters()),
         "wall_seconds": records.timings(),
-        "peak_memory_bytes": peak_memory_bytes(method.device),
+        "peak_memory_bytes": records.peak_memory_bytes,
         "test_counts": list(sequence.test_counts),
         "test_hash": sequence.test_hash,
         "split": sequence.split_id,
@@ -157,6 +169,8 @@ def peak_memory_bytes(device: torch.device) -> int:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
+    import resource  # here, because Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # others count kilobytes
 

@@ -125,8 +125,7 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
     here = processes if started is None else started.here
     if torch.cuda.is_available() and device in ("auto", "cuda") and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine exceed its {torch.cuda.device_count()} CUDA devices; lower trainer.num_devices")
-    is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
-    if is_cpu and trainer["precision"] == "16":
+    if trainer["precision"] == "16" and is_cpu(device):
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
     return Fabric(
         accelerator=device,
@@ -141,6 +140,11 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
 def has_device(device: str) -> bool:
     """Whether torch finds a device of this kind on this machine."""
     return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
+
+
+def is_cpu(device: str) -> bool:
+    """Whether a run on this kind of device, which may be `auto`, is one on the CPU."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
 
 class Started(NamedTuple):
@@ -253,7 +257,7 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         if fabric.is_global_zero:
             _write_configuration(folder, plain, origin)
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
-    records = Records(parts.sequence.num_tasks)
+    records = Records(parts.sequence.num_tasks, fabric.device)
     try:
         trainer = Trainer(
             fabric,
@@ -304,6 +308,9 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     data = plain["dataset"]
     if plain["trainer"]["compile"] and fabric.device.type == "mps":
         raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
+
+    configuration.check_arguments("dataset", {"_target_": data["_target_"]})
+    configuration.check_arguments("dataset.options", {"_target_": data["_target_"], **data["options"]})
 
     def load_images() -> Splits:
         return get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
@@ -392,7 +399,17 @@ def _check_tasks(folder: Path, parts: Parts) -> None:
     if old is None:
         return
     new = [task.class_names for task in parts.sequence.tasks]
-    if new[: len(old["tasks"])] != old["tasks"] or (parts.method.stream == "joint" and new != old["tasks"]):
+    same_tasks = new[: len(old["tasks"])] == old["tasks"]
+    if "image_hashes" in old:
+        same_images = parts.sequence.image_hashes[: len(old["tasks"])] == old["image_hashes"]
+    else:  # a run of an earlier version
+        same_images = new != old["tasks"] or parts.sequence.test_hash == old["test_hash"]
+    if same_tasks and not same_images:
+        raise ValueError(
+            f"output_dir={folder} holds a run on other images: those of the tasks it has begun with must stay the same training and test "
+            "images in dataset.root; choose another output_dir"
+        )
+    if not same_tasks or (parts.method.stream == "joint" and new != old["tasks"]):
         raise ValueError(
             f"output_dir={folder} holds a run over other tasks: dataset.num_tasks, dataset.task_sizes, dataset.class_order and the "
             "classes in dataset.root must give the same tasks, or the same and then more; choose another output_dir"
@@ -412,14 +429,17 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def load_trained(method: Method, folder: Path) -> None:
-    """Bring a method to where the run in a folder ended.
+    """Bring a method to where the finished run in a folder ended.
 
     Raises:
-        ValueError: if the folder has no checkpoint left.
+        ValueError: if the folder's last checkpoint is missing or damaged.
     """
     state = CheckpointFolder(folder / "checkpoints").latest()
     if state is None:
         raise ValueError(f"{folder} has no checkpoint left")
+    num_stages = 1 if method.stream == "joint" else state["records"]["matrices"].shape[1]
+    if "epoch" in state["position"] or state["position"]["stage"] < num_stages:  # an older one, before the end of the last task
+        raise ValueError(f"the last checkpoint of {folder} is damaged; restore it from a copy, or train again in another folder")
     method.load_state_dict(state["method"])
 
 
@@ -459,6 +479,7 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
         "steps": steps,
         "applied_files": origin.applied_files,
         "test_hash": sequence.test_hash,
+        "image_hashes": sequence.image_hashes,
         "weights": parts.backbone.weights,
     }
     classes = f"{sizes[0]} classes each" if len(set(sizes)) == 1 else "classes " + " ".join(map(str, sizes))

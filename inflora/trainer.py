@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointError as RecomputationError
 
-from inflora.checkpoint import CheckpointFolder
+from inflora.checkpoint import CheckpointError, CheckpointFolder
 from inflora.data.tasks import Task, TaskSequence
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
 from inflora.parts.collective import failing_together, sum_over_processes
 from inflora.progress import Display
-from inflora.results import Records, peak_memory_bytes, stored_parameters
+from inflora.results import Records, stored_parameters
 from inflora.seeding import seed_everything
 from inflora.trackers import Trackers, write_matrix
 
@@ -144,7 +144,6 @@ class Trainer:
         position = inside or {"epoch": 0, "step": 0, "losses": torch.zeros(0), "hits": 0, "answers": 0}
         if "optimizer" in position:
             optimizer.load_state_dict(position["optimizer"])
-            self.fabric.strategy.precision.load_state_dict(position["precision"])
         display.start_task(task, position["epoch"])
         for epoch in range(position["epoch"], self.epochs):
             for group, base in zip(optimizer.param_groups, groups, strict=True):
@@ -277,7 +276,7 @@ class Trainer:
             "interference": self.probe.after(method.backbone, older_tasks),
             "wall_seconds": self.records.timings(),
             "stored_parameters": stored_parameters(method),
-            "peak_memory_bytes": peak_memory_bytes(method.device),
+            "peak_memory_bytes": self.records.peak_memory_bytes,
             **method.diagnostics(),
         }
         with failing_together():
@@ -303,10 +302,15 @@ class Trainer:
         stage = state["position"]["stage"]
         if inside is not None and stage > 0:  # the probe compares with the weights at the end of the task before
             boundary = self.checkpoints.latest_boundary()
-            assert boundary is not None, "a stage after the first follows a saved one"
+            if boundary is None:
+                raise CheckpointError(
+                    f"no checkpoint of a task's end is left in {self.checkpoints.path}; remove the folder to start this run again"
+                )
             method.load_state_dict(boundary["method"])
             self.probe.before(method.backbone)
         method.load_state_dict(state["method"])
+        if "precision" in state["position"]:
+            self.fabric.strategy.precision.load_state_dict(state["position"]["precision"])
         self.records.load_state_dict(state["records"])
         self.trackers.rewind(state["trackers"])
         if state["records"]["matrices"].shape[1] < self.records.matrices.shape[1]:  # a finished sequence goes on with further tasks
@@ -314,18 +318,14 @@ class Trainer:
         return stage, inside
 
     def _save_inside(self, method: Method, optimizer: Any, task: Task, position: dict[str, Any]) -> None:
-        position |= {
-            "stage": task.index,
-            "optimizer": optimizer.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
-        }
+        position |= {"stage": task.index, "optimizer": optimizer.state_dict()}
         self._save(method, position, f"task{task.index}_epoch{position['epoch']}_step{position['step']}")
 
     def _save(self, method: Method, position: dict[str, Any], tag: str, *, boundary: bool = False) -> None:
         with failing_together():
             if self.fabric.is_global_zero:
                 state = {
-                    "position": position,
+                    "position": position | {"precision": self.fabric.strategy.precision.state_dict()},  # the scale of float16's gradients
                     "method": method.state_dict(),
                     "records": self.records.state_dict(),
                     "trackers": self.trackers.position(),

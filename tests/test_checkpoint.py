@@ -253,7 +253,7 @@ def test_no_checkpoint_is_none(tmp_path: Path):
     assert not folder.path.exists()
 
 
-def test_the_last_two_and_the_last_boundary_stay(tmp_path: Path):
+def test_the_last_two_and_what_they_follow_stay(tmp_path: Path):
     folder = CheckpointFolder(tmp_path)
     for epoch in range(6):
         folder.save({"epoch": epoch}, f"epoch_{epoch}", boundary=epoch in (0, 2))
@@ -261,8 +261,21 @@ def test_the_last_two_and_the_last_boundary_stay(tmp_path: Path):
     assert names(folder) == pairs("000003-epoch_2", "000005-epoch_4", "000006-epoch_5")
     assert folder.latest_boundary() == {"epoch": 2}
     folder.save({"epoch": 6}, "task_1", boundary=True)
-    assert names(folder) == pairs("000006-epoch_5", "000007-task_1")
+    assert names(folder) == pairs("000003-epoch_2", "000006-epoch_5", "000007-task_1")
     assert folder.latest_boundary() == {"epoch": 6}
+    folder.save({"epoch": 7}, "epoch_7")
+    assert names(folder) == pairs("000007-task_1", "000008-epoch_7")
+
+
+def test_a_damaged_boundary_leaves_the_one_before(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    for name, boundary in (("task0", True), ("task1_epoch0", False), ("task1_epoch1", False), ("task1", True)):
+        folder.save(name, name, boundary=boundary)
+    last = max(tmp_path.glob("*-task1.safetensors"))
+    last.write_bytes(b"damaged")
+    again = CheckpointFolder(tmp_path)
+    assert again.latest() == "task1_epoch1"
+    assert again.latest_boundary() == "task0", "else nothing says where task 1 began"
 
 
 def test_numbers_go_on_in_a_new_process(tmp_path: Path):

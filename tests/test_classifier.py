@@ -25,6 +25,31 @@ def test_scores_are_those_of_the_heads_side_by_side():
     assert heads(features[:0]).shape == (0, 6)
 
 
+def test_scores_keep_their_precision_where_the_backbone_has_half():
+    heads = heads_of(1, 1)
+    with torch.no_grad():
+        for head, bias in zip(heads.heads, (8.0, 8.01), strict=True):  # the same number in bfloat16, where the older class would win
+            head.weight.zero_()
+            head.bias.fill_(bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = heads(torch.randn(5, 8).bfloat16())
+        local, _ = heads_of(2).local(torch.randn(5, 8).bfloat16(), torch.zeros(5, dtype=torch.long))
+    assert scores.dtype == local.dtype == torch.float32
+    assert scores.argmax(1).tolist() == [1] * 5
+
+
+def test_a_loss_over_a_single_new_class_trains_its_head_alone():
+    heads = heads_of(2, 1, 1)
+    features, y = torch.randn(5, 8, requires_grad=True), torch.full((5,), 3)
+    scores, labels = heads.local(features, y)
+    assert torch.equal(scores, heads(features)) and torch.equal(labels, y)
+    torch.nn.functional.cross_entropy(scores, labels).backward()
+    assert all(parameter.grad is None for head in heads.heads[:-1] for parameter in head.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in heads.current.parameters())
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(heads(features), y), features)
+    torch.testing.assert_close(features.grad, expected)  # what lies below learns as from all heads
+
+
 def test_counts_follow_the_growth():
     heads = heads_of()
     assert (len(heads), heads.sizes, heads.num_classes) == (0, [], 0)

@@ -121,6 +121,15 @@ def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path,
             ["dataset=cifar100_10task", "method=inflora_ca", "scheduler=constant"],
             "scheduler=constant does not change the schedule that the recipe of this pair brings (inflora.schedule.step); add ~recipe",
         ),
+        (
+            ["+dataset.options.colour=1"],
+            "dataset.options.colour is no setting of inflora.data.datasets.digits; remove it with ~dataset.opt",
+        ),
+        (
+            ["-m", "dataset=imagefolder", "dataset.root=flowers,birds"],
+            "a multirun cannot try several values of dataset.root, whose jobs would share a folder; run it once for each",
+        ),
+        (["-m", "tracker=wandb", "tracker.project=a,b"], "a multirun cannot try several values of tracker.project"),
         (["-m", "seed=0,1", "output_dir=x"], "a multirun makes one folder for each job; set hydra.sweep.dir=FOLDER instead of output_dir"),
     ],
 )
@@ -381,6 +390,29 @@ def test_a_stopped_run_says_how_to_continue(cli: Cli, tmp_path: Path, monkeypatc
     command = shlex.split(lines[-1])
     assert command[:3] == ["python", "train.py", f"output_dir={folder}"]
     assert cli(*command[2:]).code == 0
+    assert num_rows(folder) == 2
+
+
+@pytest.mark.parametrize("cli", ["here"], indirect=True)
+def test_the_command_that_is_said_goes_on_in_the_default_folder(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from inflora.methods.linear_probe import LinearProbe
+
+    monkeypatch.chdir(tmp_path)
+    original = LinearProbe.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearProbe, "loss", lambda *args: signal.raise_signal(signal.SIGINT) or original(*args))
+        said = cli(*QUICK)
+    (folder,) = Path("outputs/digits_5task/linear_probe/seed=0").iterdir()  # Hydra's grammar has no such value without quotes
+    command = shlex.split(said.err.splitlines()[-1])
+    assert command[2] == f"output_dir={folder}"
+    assert cli(*command[2:]).code == 0
+    assert num_rows(folder) == 2
+
+
+@pytest.mark.parametrize("name", ["seed=0", "it's (1)", "a=b,c=d", "a,b", "~x", "a\\b=1", "ä b"])
+def test_a_path_may_have_any_characters(cli: Cli, name: str, tmp_path: Path):
+    folder = tmp_path / name
+    assert cli(*QUICK, f"output_dir={folder}").code == 0
     assert num_rows(folder) == 2
 
 

@@ -266,6 +266,8 @@ def test_arguments_are_compared_with_their_types():
         ("+tracker.tags=[a,b],++tracker.x=1,seed=1", "seed=1"),
         ("dataset.task_sizes=[5,5],seed=1", "dataset.task_sizes=[5,5],seed=1"),
         ("dataset.root=a/b", "dataset.root=a_b"),
+        ("tracker.mode=offline", "default"),
+        ("", "default"),
     ],
 )
 def test_a_folder_name_tells_what_changes_results(overrides, name):

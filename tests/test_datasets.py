@@ -1,6 +1,7 @@
 """Every data set in every layout, built from tiny images; the real ones where $INFLORA_TEST_DATA points to them."""
 
 import dataclasses
+import errno
 import hashlib
 import inspect
 import os
@@ -11,7 +12,9 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +191,69 @@ def test_unpacking_happens_once(tmp_path: Path) -> None:
     (root / "cifar-100-python.tar.gz").write_bytes(b"no longer read")
     cifar100(root)
     assert sorted(path.name for path in root.iterdir()) == ["cifar-100-python", "cifar-100-python.tar.gz"]
+
+
+def test_an_archive_that_may_only_be_read_is_unpacked_in_the_cache(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = cifar_layout("tar.gz", tmp_path / "data", write_toy(tmp_path / "toy"))
+    extract = tarfile.TarFile.extractall
+
+    def read_only(self: tarfile.TarFile, path: Path, **options: Any) -> None:
+        if root in Path(path).parents:
+            raise OSError(errno.EROFS, "Read-only file system")
+        extract(self, path, **options)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", read_only)
+    splits = cifar100(root)
+    assert [path.name for path in root.iterdir()] == ["cifar-100-python.tar.gz"]
+    monkeypatch.setattr(tarfile.TarFile, "extractall", None)  # once is enough
+    assert cifar100(root).test.paths == splits.test.paths == cifar100(tmp_path / "toy").test.paths
+
+    def full(self: tarfile.TarFile, path: Path, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    shutil.rmtree(own_cache)
+    with pytest.raises(OSError, match="No space left on device"):  # and no word of removing the archive
+        cifar100(root)
+
+
+def test_one_process_downloads_and_the_others_find_what_it_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = cifar_layout("tar.gz", tmp_path / "packed", write_toy(tmp_path / "toy")) / "cifar-100-python.tar.gz"
+    downloads = []
+
+    def slow(url: str, path: Path, md5: str) -> None:
+        downloads.append(url)
+        time.sleep(0.3)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(packed, path)
+
+    monkeypatch.setattr(datasets, "download", slow)
+    with ThreadPoolExecutor() as pool:  # a lock of files keeps threads apart as it does processes
+        found = list(pool.map(lambda _: cifar100(tmp_path / "empty"), range(3)))
+    assert len(downloads) == 1
+    assert {tuple(splits.test.paths) for splits in found} == {tuple(cifar100(tmp_path / "toy").test.paths)}
+
+
+def test_who_waits_for_a_download_that_fails_does_not_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads = []
+
+    def failing(url: str, path: Path, md5: str) -> None:
+        downloads.append(url)
+        time.sleep(0.3)
+        raise ConnectionError("nothing arrived")
+
+    monkeypatch.setattr(datasets, "download", failing)
+
+    def fault(_: int) -> str:
+        with pytest.raises(FileNotFoundError, match=r"CIFAR-100 is not in .* and cannot be downloaded") as caught:
+            cifar100(tmp_path)
+        return str(caught.value)
+
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(fault, range(3)))
+    assert len(downloads) == 1 and sum("(nothing arrived)" in text for text in faults) == 1
 
 
 def test_incomplete_cifar100_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -403,6 +469,9 @@ def test_missing_imagenet_r(tmp_path: Path) -> None:
         imagenet_r(tmp_path, split="inflora")
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and "imagenet-r/<wnid>/*" in lines[1] and "dataset.root=" in lines[2]
+    (tmp_path / "empty" / "imagenet-r" / WNIDS[0]).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="ImageNet-R is not in"):
+        imagenet_r(tmp_path / "empty", split="inflora")
     with pytest.raises(FileNotFoundError, match=r"train/<wnid>/[*] and test/<wnid>/[*]"):
         imagenet_r(write_renditions(tmp_path / "data"), split="folders")
 
@@ -458,6 +527,16 @@ def test_class_folders_alone_are_split(archive: bool, tmp_path: Path, caplog: py
     assert splits.split_id == "stratified:0" and splits.test.labels.bincount().tolist() == [2, 2, 2]
     assert "has no train and test folders: using dataset.split=stratified:0" in caplog.text
     assert imagefolder(root, split="stratified:0").test.paths == splits.test.paths != imagefolder(root, split="stratified:5").test.paths
+
+
+def test_further_classes_leave_the_split_of_the_others_as_it_was(tmp_path: Path) -> None:
+    paths = [f"{label:02d}/{number}.png" for label in range(20) for number in range(11 + label % 7)]
+    before = imagefolder(write(tmp_path / "few", paths, (2, 2)))
+    after = imagefolder(
+        write(tmp_path / "more", paths + [f"{label}/{number}.png" for label in range(20, 30) for number in range(9)], (2, 2))
+    )
+    assert after.test.paths[: len(before.test.paths)] == before.test.paths
+    assert after.train.paths[: len(before.train.paths)] == before.train.paths
 
 
 def test_few_images_of_many_classes_can_be_split(tmp_path: Path) -> None:

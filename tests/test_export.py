@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from inflora import export, predict
+from inflora import evaluate, export, predict
 from inflora.backbone import build_backbone
 from inflora.checkpoint import load
 from inflora.data import transforms
@@ -216,6 +216,27 @@ def test_formats_that_cannot_be_written(tmp_path: Path, weights: str, capsys: py
 def test_a_folder_without_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert error_of(capsys).startswith(f"{tmp_path} holds no finished run")
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "simplecil"])  # the latter has no epochs, whose checkpoints come in between
+def test_a_damaged_last_checkpoint_is_not_replaced_by_an_older_one(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_toy(tmp_path / "run", f"method={method}", "trainer.epochs=1")
+    max((tmp_path / "run" / "checkpoints").glob("0*.safetensors")).write_bytes(b"damaged")
+    assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 1
+    assert error_of(capsys).startswith(f"the last checkpoint of {tmp_path / 'run'} is damaged")
+    assert evaluate.main([str(tmp_path / "run")]) == 1
+    assert "is damaged" in error_of(capsys)
+    assert evaluate.main([str(tmp_path / "run"), "--batch-size", "0"]) == 1
+    assert error_of(capsys) == "trainer.eval_batch_size=0 is too small; choose 1 or more"
+
+
+def test_a_run_in_float16_is_tested_on_a_cpu(tmp_path: Path):
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("precision: '32'", "precision: '16'"))
+    assert "precision: '16'" in (tmp_path / "config.yaml").read_text()
+    now, recorded = evaluate.evaluate_run(tmp_path)
+    assert now == pytest.approx(recorded)
 
 
 class Strange(LinearProbe):

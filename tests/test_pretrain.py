@@ -174,15 +174,55 @@ def test_the_tighter_budget_sets_the_progress() -> None:
     assert run.progress() == 0.75
 
 
+@pytest.fixture(scope="module")
+def teacher(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the small ResNet."""
+    out = tmp_path_factory.mktemp("teacher")
+    train(packed, out, "--model", "resnet")
+    return out
+
+
+def test_the_loss_is_shared_between_labels_and_teacher(packed: Path, tmp_path: Path) -> None:
+    still = ("--lr", "0", "--patch-drop", "0")  # teacher and student stay at the same starting weights: nothing to learn from each other
+    train(packed, tmp_path / "alone", *still)
+    alone = lines(tmp_path / "alone")[-2]["train_loss"]
+    for share in (0.0, 0.25, 1.0):
+        out = tmp_path / f"share {share}"
+        train(packed, out, *still, "--teacher", str(tmp_path / "alone"), "--distill", str(share))
+        assert lines(out)[-2]["train_loss"] == pytest.approx((1 - share) * alone, abs=1e-6)
+
+
+def test_a_teacher_predicts_with_the_averaged_weights_and_running_statistics(packed: Path, teacher: Path) -> None:
+    model = pretrain.load_teacher(teacher, len(CLASSES), torch.device("cpu"))
+    average = checkpoint(teacher)["average"]
+    assert average["bn1.num_batches_tracked"] == TRAIN_PER_CLASS * len(CLASSES) // 4
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+    x = pretrain.normalize(pretrain.load(packed).val.pixels)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))  # of no other image of the batch
+    assert not model(x).requires_grad
+
+
+def test_a_teacher_that_is_not_there_is_one_sentence(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^--teacher=nowhere holds no checkpoint\.pt; give the --out folder of a run"):
+        train(packed, tmp_path / "run", "--teacher", "nowhere")
+
+
+def test_a_run_goes_on_with_its_own_model_only(packed: Path, teacher: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a run of --model=resnet; continue it with that, or choose another folder\.$"):
+        train(packed, teacher, "--epochs", "2")
+    assert pretrain.model_of(teacher) == "resnet"
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", [(), ("--mix", "1", "--smallest-area", "0.5")], ids=["plain", "strong"])
+@pytest.mark.parametrize("options", ["--mix 0 --smallest-area 1", "--mix 1 --smallest-area 0.5", "--model resnet", "--teacher TEACHER"])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    packed: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
-    train(packed, tmp_path / "whole", *options)
+    given = [str(teacher) if option == "TEACHER" else option for option in options.split()]
+    train(packed, tmp_path / "whole", *given)
     step = pretrain.Run.train_step
 
     def interrupted(run, images):
@@ -192,11 +232,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain.Run, "train_step", interrupted)
-        train(packed, tmp_path / "resumed", "--save-minutes", "0", *options)
+        train(packed, tmp_path / "resumed", "--save-minutes", "0", *given)
     assert checkpoint(tmp_path / "resumed")["step"] == 2
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:  # an epoch after the last checkpoint, which will be trained again
         file.write('{"step": 3}\n')
-    train(packed, tmp_path / "resumed", *options)
+    train(packed, tmp_path / "resumed", *given)
 
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed")
     assert whole["step"] == resumed["step"] == 4
@@ -216,7 +256,7 @@ def test_a_loss_that_is_not_finite_is_named_by_its_step_and_not_saved(
         return torch.tensor(1.0 if run.step < 3 else float("nan"))
 
     monkeypatch.setattr(pretrain.Run, "train_step", diverging)
-    with pytest.raises(FloatingPointError, match=r"^the loss is nan at step 2; lower --lr=0\.004 and start in a new --out folder\.$"):
+    with pytest.raises(FloatingPointError, match=r"^the loss is nan at step 2; lower --lr=0\.006 and start in a new --out folder\.$"):
         train(packed, tmp_path, "--save-minutes", "0", "--log-steps", "100")
     assert checkpoint(tmp_path)["step"] == 2
 
@@ -278,6 +318,12 @@ def test_export_loads_strictly_into_timm(packed: Path, tmp_path: Path, capsys: p
 
     pretrain.main(arguments)
     assert file.read_bytes() == content
+
+
+def test_only_vit_micro_is_exported(packed: Path, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trained --model=resnet; the package ships vit_micro only\.$"):
+        pretrain.main(["export", "--data", str(packed), "--run", str(teacher), "--to", str(tmp_path / "file")])
+    assert not (tmp_path / "file").exists()
 
 
 def test_the_model_card_describes_the_shipped_file() -> None:

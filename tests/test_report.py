@@ -252,6 +252,13 @@ def test_other_data_or_weights_are_another_section(tmp_path: Path, difference: d
     assert [group.label for section in sections for group in section.groups] == ["inflora", "sequential"]
 
 
+def test_seeds_of_random_weights_are_one_group(tmp_path: Path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed=seed, changes={"weights": {"source": "random"}, "weights_sha256": f"{seed}" * 64})
+    (section,) = report.load([tmp_path]).sections
+    assert [len(group.runs) for group in section.groups] == [2]
+
+
 def test_a_repeated_seed_counts_once_and_is_named(tmp_path: Path):
     write_run(tmp_path / "2025-01-01")
     write_run(tmp_path / "2025-01-02")

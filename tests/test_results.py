@@ -16,7 +16,7 @@ from inflora.results import Records
 
 
 def test_records_fill_rows():
-    records = Records(3)
+    records = Records(3, torch.device("cpu"))
     records.add(0, np.array([[0.5, np.nan, np.nan], [0.75, np.nan, np.nan], [0.6, np.nan, np.nan]]))
     records.add(1, np.array([[0.4, 1.0, np.nan], [0.5, 1.0, np.nan], [0.7, 0.9, np.nan]]))
     np.testing.assert_array_equal(records.matrices[0], [[0.5, np.nan, np.nan], [0.4, 1.0, np.nan], [np.nan] * 3])
@@ -25,7 +25,7 @@ def test_records_fill_rows():
 
 
 def test_the_latest_row_weighs_tasks_by_their_images():
-    records = Records(2)
+    records = Records(2, torch.device("cpu"))
     records.add(0, np.array([[0.5, np.nan], [0.5, np.nan], [0.5, np.nan]]))
     records.add(1, np.array([[0.4, 1.0], [0.5, 1.0], [0.7, 0.9]]))
     latest = records.latest([30, 10])
@@ -38,13 +38,13 @@ def test_the_latest_row_weighs_tasks_by_their_images():
 
 
 def test_records_survive_a_checkpoint(tmp_path):
-    records = Records(2)
+    records = Records(2, torch.device("cpu"))
     records.add(0, np.array([[1 / 3, np.nan]] * 3))
     records.trainable_parameters.append(7)
     with records.clock("train"):
         pass
     checkpoint.save(tmp_path / "records.safetensors", records.state_dict())
-    longer = Records(3)
+    longer = Records(3, torch.device("cpu"))
     longer.load_state_dict(checkpoint.load(tmp_path / "records.safetensors"))
     np.testing.assert_array_equal(longer.matrices[0, 0], [1 / 3, np.nan, np.nan])
     assert np.isnan(longer.matrices[:, 1:]).all()
@@ -59,8 +59,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
+def test_memory_of_an_earlier_part_of_the_run_counts(tmp_path):
+    records = Records(1, torch.device("cpu"))
+    state = records.state_dict()
+    assert 0 < state["peak_memory_bytes"] < 2**60
+    later = Records(1, torch.device("cpu"))
+    later.load_state_dict(state | {"peak_memory_bytes": 2**60})
+    assert later.peak_memory_bytes == later.state_dict()["peak_memory_bytes"] == 2**60
+
+
 def test_clocks_count_what_goes_on_inside_them(clock):
-    records = Records(1)
+    records = Records(1, torch.device("cpu"))
     clock.now += 1
     with records.clock("subspace"):
         clock.now += 2
@@ -75,13 +84,13 @@ def test_clocks_count_what_goes_on_inside_them(clock):
 
 
 def test_clocks_go_on_where_a_checkpoint_was_taken(clock):
-    records = Records(1)
+    records = Records(1, torch.device("cpu"))
     with records.clock("train"):
         clock.now += 5
         saved = records.state_dict()
         clock.now += 100  # lost with the process
     clock.now += 1000
-    later = Records(1)
+    later = Records(1, torch.device("cpu"))
     clock.now += 1
     later.load_state_dict(saved)
     with later.clock("train"):

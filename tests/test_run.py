@@ -177,12 +177,12 @@ def test_the_timings_add_up(tmp_path):
     assert wall["total"] <= elapsed
 
 
-def test_two_checkpoints_and_the_start_are_kept(finished):
+def test_two_checkpoints_what_they_follow_and_the_start_are_kept(finished):
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert [name.partition("-")[2] for name in names[:4]] == [
-        "task2_epoch2_step0.json", "task2_epoch2_step0.safetensors", "task2.json", "task2.safetensors"
-    ]  # fmt: skip
-    assert names[4:] == ["base.json", "base.safetensors"]
+    kept = [name.partition("-")[2] for name in names if name.endswith(".safetensors")]
+    assert kept == ["task1.safetensors", "task2_epoch2_step0.safetensors", "task2.safetensors", ""]
+    assert names == sorted(f"{name.rpartition('.')[0]}.{suffix}" for name in names[::2] for suffix in ("json", "safetensors"))
+    assert "base.safetensors" in names
 
 
 def test_the_log_says_what_the_run_does(finished):
@@ -367,6 +367,22 @@ def test_further_tasks_by_explicit_sizes_and_order(tmp_path):
     with pytest.raises(ValueError, match=r"holds a run over other tasks"):
         grow(root, 4)
         run_toy(folder, *common, "dataset.task_sizes=[1,3]", "dataset.class_order=[3,0,1,2]")
+
+
+def test_tasks_that_were_begun_keep_their_images(tmp_path):
+    folder = tmp_path / "run"
+    common = ["method=linear_probe", "trainer.epochs=1"]
+    run_toy(folder, *common, "dataset.num_tasks=2", "dataset.max_test_per_class=2")
+    (folder / "summary.json").unlink()
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("max_test_per_class: 2", "max_test_per_class: 3"))
+    fault = r"holds a run on other images: those of the tasks it has begun with must stay the same"
+    with pytest.raises(ValueError, match=fault):
+        run_toy(folder, *common, "dataset.num_tasks=2", "dataset.max_test_per_class=3")
+    events = read_events(folder)
+    del events[0]["image_hashes"]  # as an earlier version wrote it
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    with pytest.raises(ValueError, match=fault):
+        run_toy(folder, *common, "dataset.num_tasks=2", "dataset.max_test_per_class=3")
 
 
 def test_joint_does_not_go_on_with_further_tasks(tmp_path):

@@ -104,6 +104,15 @@ def test_broken_archive(name: str, tmp_path: Path) -> None:
         find(tmp_path)
 
 
+def test_an_archive_of_something_else_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "other.zip").write_bytes(b"half downloaded")
+    assert find_source(tmp_path, "toy", two_folders) is None
+    with pytest.raises(ValueError, match=r"other\.zip is not a readable zip"):
+        find(tmp_path / "other.zip")  # the user named it
+    with pytest.raises(ValueError, match=r"other\.zip is not a readable zip"):
+        find_source(tmp_path, "", two_folders)  # there is nothing else it could be
+
+
 def test_compressed_tar_is_refused(tmp_path: Path) -> None:
     archive = pack(write(tmp_path / "images", "a/1.png", "b/1.png"), tmp_path / "toy.tar.gz")
     with pytest.raises(ValueError, match=r"toy\.tar\.gz is not a readable zip or uncompressed tar file"):

@@ -1,6 +1,7 @@
 """Supervised pretraining of `vit_micro`, the small ViT whose weights ship in the package.
 
-    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/vit_micro --minutes 64
+    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/teacher --model resnet --minutes 20
+    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/vit_micro --teacher runs/teacher --minutes 72
     python experiments/pretrain/pretrain.py export --data tinyimagenet32.npz --run runs/vit_micro --to inflora/weights/vit_micro.safetensors
 
 `train` continues from `OUT/checkpoint.pt` when there is one. Its schedule follows a budget of epochs, of minutes, or of both: progress is
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.layers import Attention
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torchvision.transforms.v2 import CutMix, RandomApply
@@ -36,6 +38,12 @@ log = logging.getLogger("pretrain")
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 GEOMETRY = {"img_size": 32, "patch_size": 4, "depth": 6}
+RESNET_CHANNELS = (32, 64, 128, 256)
+RECIPES = {
+    "vit_micro": {"batch_size": 512, "lr": 6e-3, "weight_decay": 0.1, "label_smoothing": 0.1, "smallest_area": 0.5, "mix": 0.3},
+    "resnet": {"batch_size": 256, "lr": 3e-2, "weight_decay": 0.05, "label_smoothing": 0.0, "smallest_area": 1.0, "mix": 0.0},
+}
+"""Where the two models are trained in different ways."""
 MAX_SHIFT = 4  # pixels: an eighth of the image, the usual amount at this size
 MAX_EXPORT_BYTES = 8_000_000
 SEED_STRIDE = 100_000  # keeps the streams of different seeds apart
@@ -203,9 +211,37 @@ def training_batch(images: Images, step: int, batch_size: int, seed: int, smalle
 # --- model and schedule ---------------------------------------------------------------------------------------------------------------
 
 
-def build_model(num_classes: int) -> nn.Module:
-    """`vit_micro` with random weights; naming a `patch_drop_rate` only makes timm create the layer, `train` sets the rate at each step."""
-    return timm.create_model(ARCHITECTURE, num_classes=num_classes, patch_drop_rate=0.5, **GEOMETRY)
+def build_model(num_classes: int, kind: str = "vit_micro") -> nn.Module:
+    """A model with random weights.
+
+    Args:
+        kind: `vit_micro`; naming a `patch_drop_rate` only makes timm create the layer, `train` sets the rate at each step. Or `resnet`, its
+            teacher: timm's ResNet-18 with half the channels, and the 3 x 3 stem without pooling that is usual for images this small.
+    """
+    if kind == "vit_micro":
+        return timm.create_model(ARCHITECTURE, num_classes=num_classes, patch_drop_rate=0.5, **GEOMETRY)
+    model = timm.create_model("resnet18", num_classes=num_classes, channels=RESNET_CHANNELS)
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model.to(memory_format=torch.channels_last)
+
+
+def model_of(run: Path) -> str:
+    """The kind of model that was trained in the folder `run`."""
+    return json.loads((run / "args.json").read_text()).get("model", "vit_micro")
+
+
+def load_teacher(run: Path, num_classes: int, device: torch.device) -> nn.Module:
+    """The averaged weights of another run, for predictions only.
+
+    Raises:
+        FileNotFoundError: if there is no run in that folder.
+    """
+    if not (run / "checkpoint.pt").exists():
+        raise FileNotFoundError(f"--teacher={run} holds no checkpoint.pt; give the --out folder of a run, such as one with --model=resnet.")
+    teacher = build_model(num_classes, model_of(run))
+    teacher.load_state_dict(torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["average"])
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def learning_rate_factor(progress: float, warmup: float) -> float:
@@ -221,6 +257,8 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
     decay = min(decay, (1 + step) / (10 + step))
     for mean, value in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(value, 1.0 - decay)
+    for mean, value in zip(average.buffers(), model.buffers(), strict=True):  # batch norm's, averages already
+        mean.copy_(value)
 
 
 @torch.no_grad()
@@ -252,10 +290,12 @@ class Run:
         self.args = args
         self.steps_per_epoch = steps_per_epoch
         self.device = choose_device(args.device)
-        self.model = build_model(num_classes).to(self.device)
+        self.model = build_model(num_classes, args.model).to(self.device)
+        self.teacher = load_teacher(args.teacher, num_classes, self.device) if args.teacher else None
         if args.bf16 and self.device.type == "cpu":  # the fused kernel's backward pass takes half of a step there
-            for block in self.model.blocks:
-                block.attn.fused_attn = False
+            for module in self.model.modules():
+                if isinstance(module, Attention):
+                    module.fused_attn = False
         self.average = copy.deepcopy(self.model)
         self.mix = RandomApply([CutMix(num_classes=num_classes)], p=args.mix)
         self.forward = torch.compile(self.model) if args.compile else self.model
@@ -274,15 +314,22 @@ class Run:
         args, progress = self.args, self.progress()
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_factor(progress, args.warmup)
-        self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
+        if args.model == "vit_micro":
+            self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
         self.model.train()
         x, y = training_batch(images, self.step, args.batch_size, args.seed, args.smallest_area)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(args.seed * SEED_STRIDE + self.step)
             x, y = self.mix(x, y)  # where it mixes, y becomes (B, num_classes), the share of each class
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-            logits = self.forward(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=args.label_smoothing)
+            logits = self.forward(x).float()
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(x).float()
+        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+        if self.teacher is not None:
+            divergence = F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="batchmean", log_target=True)
+            loss = loss.lerp(divergence, args.distill)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
         self.optimizer.step()
@@ -346,7 +393,7 @@ def validate(run: Run, images: Images, losses: list[Tensor], final: bool) -> Non
         "epoch": round(run.step / run.steps_per_epoch, 3),
         "elapsed_s": round(run.elapsed_s, 1),
         "lr": run.optimizer.param_groups[0]["lr"],
-        "patch_drop": run.model.patch_drop.prob,
+        "patch_drop": run.model.patch_drop.prob if run.args.model == "vit_micro" else None,
         "train_loss": sum(values) / max(1, len(values)),
         "val_images": len(images.labels),
         "val_accuracy_percent": accuracy_percent(run.model, images, run.args.bf16),
@@ -362,7 +409,7 @@ def train(args: argparse.Namespace) -> None:
     """Train until the budget is spent, writing checkpoint.pt, metrics.jsonl and args.json under `args.out`.
 
     Raises:
-        ValueError: without a budget, with a batch larger than the training set, or if there is no such device.
+        ValueError: without a budget, with a batch larger than the training set, in another model's folder, or if there is no such device.
         FloatingPointError: if a loss is not finite.
     """
     if not args.epochs and not args.minutes:
@@ -371,6 +418,8 @@ def train(args: argparse.Namespace) -> None:
     num_train = len(data.train.labels)
     if args.batch_size > num_train:
         raise ValueError(f"--batch-size={args.batch_size} exceeds the {num_train} training images; choose 1..{num_train}.")
+    if (args.out / "checkpoint.pt").exists() and model_of(args.out) != args.model:
+        raise ValueError(f"--out={args.out} holds a run of --model={model_of(args.out)}; continue it with that, or choose another folder.")
     run, checkpoint = Run(args, len(data.classes), num_train // args.batch_size), args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "args.json").write_text(json.dumps(vars(args) | {"run_command": "train", "device": run.device.type}, default=str, indent=2))
@@ -410,8 +459,11 @@ def export(args: argparse.Namespace) -> None:
     from the run. All on the CPU, whichever device the run used.
 
     Raises:
-        ValueError: if the file would exceed `MAX_EXPORT_BYTES`.
+        ValueError: if the run trained another model, or if the file would exceed `MAX_EXPORT_BYTES`.
     """
+    trained = model_of(args.run)
+    if trained != "vit_micro":
+        raise ValueError(f"--run={args.run} trained --model={trained}; the package ships vit_micro only.")
     average = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)["average"]
     head = {name: value for name, value in average.items() if name.startswith("head.")}
     backbone = {name: value.half().contiguous() for name, value in average.items() if name not in head}
@@ -449,18 +501,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t = commands.add_parser("train", help="pretrain, or continue a stopped run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     t.add_argument("--data", type=Path, required=True, help="packed .npz, or a folder with train/<class>/* and val/<class>/*")
     t.add_argument("--out", type=Path, required=True, help="run folder; holds the checkpoint to continue from")
+    t.add_argument("--model", choices=["vit_micro", "resnet"], default="vit_micro", help="resnet: a small one, to teach vit_micro")
+    t.add_argument("--teacher", type=Path, help="run folder of a trained model, whose predictions are targets beside the labels")
+    t.add_argument("--distill", type=float, default=0.7, help="share of the loss that compares with the teacher, if there is one")
     t.add_argument("--epochs", type=int, default=0, help="budget in epochs; 0: none")
     t.add_argument("--minutes", type=float, default=0.0, help="budget in minutes of training, kept across restarts; 0: none")
-    t.add_argument("--batch-size", type=int, default=256, help="images a step")
+    t.add_argument("--batch-size", type=int, default=argparse.SUPPRESS, help=f"images a step ({_recipe('batch_size')})")
     t.add_argument("--optimizer", default="nmuon", help="a timm optimizer; nmuon: Muon with Nesterov for matrices, AdamW for the rest")
-    t.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    t.add_argument("--weight-decay", type=float, default=0.05, help="decoupled")
+    t.add_argument("--lr", type=float, default=argparse.SUPPRESS, help=f"peak learning rate ({_recipe('lr')})")
+    t.add_argument("--weight-decay", type=float, default=argparse.SUPPRESS, help=f"decoupled ({_recipe('weight_decay')})")
     t.add_argument("--warmup", type=float, default=0.04, help="fraction of the budget")
-    t.add_argument("--label-smoothing", type=float, default=0.1, help="probability spread over all classes")
+    smoothing = f"probability spread over all classes ({_recipe('label_smoothing')})"
+    t.add_argument("--label-smoothing", type=float, default=argparse.SUPPRESS, help=smoothing)
     t.add_argument("--patch-drop", type=float, default=0.5, help="fraction of the patches left out in the first part of the run")
     t.add_argument("--patch-drop-until", type=float, default=0.8, help="length of that part, as a fraction of the budget")
-    t.add_argument("--smallest-area", type=float, default=1.0, help="of the part of an image that is zoomed to the whole; 1: no zoom")
-    t.add_argument("--mix", type=float, default=0.0, help="probability of CutMix, for a batch")
+    area = f"of the part of an image that is zoomed to the whole; 1: no zoom ({_recipe('smallest_area')})"
+    t.add_argument("--smallest-area", type=float, default=argparse.SUPPRESS, help=area)
+    t.add_argument("--mix", type=float, default=argparse.SUPPRESS, help=f"probability of CutMix, for a batch ({_recipe('mix')})")
     t.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     t.add_argument("--ema-decay", type=float, default=0.99, help="of the averaged weights, per step")
     t.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, else MPS, else the CPU")
@@ -477,7 +534,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     e.add_argument("--run", type=Path, required=True, help="run folder")
     e.add_argument("--to", type=Path, required=True, help="safetensors file to write")
     e.set_defaults(run_command=export)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.run_command is train:
+        args = argparse.Namespace(**RECIPES[args.model] | vars(args))
+    return args
+
+
+def _recipe(name: str) -> str:
+    return "; ".join(f"{model}: {recipe[name]}" for model, recipe in RECIPES.items())
 
 
 def main(argv: list[str] | None = None) -> None:

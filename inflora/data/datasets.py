@@ -4,6 +4,8 @@ Every function takes `root` (the configuration's `dataset.root`) and `split` (`d
 positions in the sorted class names, unless a split brings its own numbering. A user's files are only ever read.
 """
 
+import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -11,7 +13,8 @@ import pickle
 import re
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torchvision.datasets import CIFAR100
 
 from inflora.data.cache import FixedImages, ImageStore, Rows, cache_folder, decoded
 from inflora.data.download import download
 from inflora.data.sources import Source, find_source
+from inflora.seeding import generator
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +96,8 @@ def digits(root: Path, *, split: str | None = None) -> Splits:
 def cifar100(root: Path, *, split: str | None = None) -> Splits:
     """CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels, 100 classes.
 
-    Accepted in `root`: torchvision's layout (`cifar-100-python`, or its .tar.gz, which is unpacked beside itself); or `train/<class>/*` and
+    Accepted in `root`: torchvision's layout (`cifar-100-python`, or its .tar.gz, which is unpacked beside itself, or in the cache where
+    that cannot be written); or `train/<class>/*` and
     `test/<class>/*` image folders, or a zip of those (see `find_source`); else it is downloaded. Images are named after their content and
     sorted by it within their class, so every layout of the exact images gives the same run.
 
@@ -138,31 +144,79 @@ def _is_cifar100(folder: Path) -> bool:
 
 
 def _unpack_cifar100(archive: Path) -> Path:
-    folder = archive.parent / CIFAR100.base_folder
-    partial = archive.parent / f".{CIFAR100.base_folder}.{os.getpid()}"
+    """The folder of the unpacked archive, beside it; where nothing can be written there, in the cache.
+
+    Raises:
+        ValueError: if the archive is damaged.
+        OSError: if there is no place for its content.
+    """
+    stat = archive.stat()
+    cached = cache_folder() / f"{CIFAR100.base_folder}-{stat.st_size}-{stat.st_mtime_ns}"
+    if _is_cifar100(cached):
+        return cached
+    try:
+        return _unpack_to(archive, archive.parent / CIFAR100.base_folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return _unpack_to(archive, cached)
+
+
+def _unpack_to(archive: Path, folder: Path) -> Path:
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")
         (partial / CIFAR100.base_folder).rename(folder)
     except (tarfile.TarError, OSError, EOFError) as error:
-        if not _is_cifar100(folder):  # else another process was faster
-            raise ValueError(f"{archive} cannot be unpacked ({error}); remove it to download it again, or replace it") from error
+        if _is_cifar100(folder):  # another process was faster
+            return folder
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise  # not the archive's fault
+        raise ValueError(f"{archive} cannot be unpacked ({error}); remove it to download it again, or replace it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def _download_cifar100(root: Path) -> Path:
+    """The folder of CIFAR-100, downloaded by one process while others wait for it."""
     archive = root / CIFAR100.filename
-    try:
-        download(CIFAR100.url, archive, CIFAR100.tgz_md5)
-    except (ConnectionError, OSError) as error:
-        raise FileNotFoundError(
-            f"CIFAR-100 is not in {root.resolve()} and cannot be downloaded ({error}).\n"
-            f"Put {CIFAR100.filename} there (from {CIFAR100.url}),\n"
-            "or folders train/<class>/* and test/<class>/*, or a zip of them; or say where they are with dataset.root=FOLDER"
-        ) from None
-    return _unpack_cifar100(archive)
+    with _lock(f"download-{hash_paths([str(archive.resolve())])[:12]}") as had_to_wait:
+        if (folder := _cifar100_folder(root)) is not None:  # another process was faster
+            return folder
+        try:
+            if had_to_wait:
+                raise ConnectionError("another process has tried")
+            download(CIFAR100.url, archive, CIFAR100.tgz_md5)
+        except (ConnectionError, OSError) as error:
+            raise _missing_cifar100(root, error) from None
+        return _unpack_cifar100(archive)
+
+
+def _missing_cifar100(root: Path, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"CIFAR-100 is not in {root.resolve()} and cannot be downloaded ({error}).\n"
+        f"Put {CIFAR100.filename} there (from {CIFAR100.url}),\n"
+        "or folders train/<class>/* and test/<class>/*, or a zip of them; or say where they are with dataset.root=FOLDER"
+    )
+
+
+@contextmanager
+def _lock(name: str) -> Iterator[bool]:
+    """One process at a time, where the cache can be written; yields whether this one had to wait for another."""
+    lock, had_to_wait = FileLock(cache_folder() / f".{name}.lock"), False
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                log.info("another process downloads; waiting for it")
+                had_to_wait = True
+                lock.acquire()
+            held.callback(lock.release)
+        yield had_to_wait
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -234,7 +288,7 @@ def imagenet_r(root: Path, *, split: str) -> Splits:
     if re.fullmatch(r"inflora|coda|folders|stratified:\d+", str(split)) is None:
         raise ValueError(f"dataset.split={split} is unknown; choose inflora, coda, folders or stratified:<seed>")
     source = find_source(root, "imagenetr", _train_and_test if split == "folders" else _imagenet_r_folders)
-    if source is None:
+    if source is None or not source.paths:
         wanted = "train/<wnid>/* and test/<wnid>/*" if split == "folders" else "imagenet-r/<wnid>/*"
         raise FileNotFoundError(
             f"ImageNet-R is not in {root.resolve()}.\n"
@@ -349,7 +403,7 @@ def imagefolder(root: Path, *, split: str | None = None) -> Splits:
         log.info("%s has no train and test folders: using dataset.split=%s", source.location, split)
     store = decoded(source, "imagefolder")
     labels, class_names = _labels([path.split("/")[0] for path in source.paths])
-    train, test = _stratified(labels, int(split.removeprefix("stratified:")))
+    train, test = _stratified_by_class(labels, class_names, int(split.removeprefix("stratified:")))
     return Splits(_subset(store, labels, source.paths, train), _subset(store, labels, source.paths, test), class_names, split)
 
 
@@ -377,16 +431,33 @@ def _labels(folders: list[str]) -> tuple[Tensor, list[str]]:
     return torch.tensor([label_of[name] for name in folders]), class_names
 
 
-def _stratified(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows (ascending) of 80 percent of every class, and of the rest."""
+def _need_two_of_every_class(labels: Tensor, seed: int) -> None:
     if (few := int((labels.bincount() < 2).sum())) > 0:
         raise ValueError(f"dataset.split=stratified:{seed} needs two images of every class; {few} classes have only one")
+
+
+def _stratified(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows (ascending) of 80 percent of every class, and of the rest."""
+    _need_two_of_every_class(labels, seed)
     from sklearn.model_selection import train_test_split
 
     num_classes = len(labels.unique())
     share = 0.2 if 0.2 * len(labels) >= num_classes else num_classes  # scikit-learn wants at least one image per class
     train, test = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels.numpy(), random_state=seed)
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(test))
+
+
+def _stratified_by_class(labels: Tensor, class_names: list[str], seed: int) -> tuple[Tensor, Tensor]:
+    """As `_stratified`, but each class by itself: where classes are added, those that were there before are split as before."""
+    _need_two_of_every_class(labels, seed)
+    train, test = [], []
+    for label, name in enumerate(class_names):
+        rows = (labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=generator(seed, f"split:{name}"))]
+        num_test = max(1, round(0.2 * len(rows)))
+        test.append(rows[:num_test])
+        train.append(rows[num_test:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values
 
 
 def _from_train_test(source: Source, name: str) -> Splits:

@@ -2,6 +2,8 @@
 
 import hashlib
 import itertools
+import os
+import platform
 import queue
 import sys
 import threading
@@ -29,7 +31,8 @@ def download(url: str, path: Path, md5: str) -> None:
     arriving = _arriving(urllib.request.Request(url), STALL_S)
     first = next(arriving)  # before anything is created on disk
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
+    # Processes that share the folder, of this machine or others, do not write into each other's file.
+    partial = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.part")
     checksum = hashlib.md5(usedforsecurity=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     try:

@@ -1,6 +1,7 @@
 """Where image files lie: a folder, a zip or a tar, all seen as a list of relative paths that can be read."""
 
 import hashlib
+import logging
 import os
 import re
 import tarfile
@@ -9,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 ARCHIVE_SUFFIXES = (".zip", ".tar")
@@ -104,9 +107,18 @@ def find_source(root: Path, name: str, accept: Accept) -> Source | None:
 
     Looked at, in this order: `root` itself; its folders called like `name` (case, "-" and "_" aside); its archives (.zip, .tar) called
     so, or its only archive. In an archive one leading folder is skipped. With `name=""` an only folder is looked into as well.
+
+    Raises:
+        ValueError: if an archive cannot be read that was named, here or by the user.
     """
     for location in _candidates(root, name):
-        source = _open_folder(location, accept) if location.is_dir() else _open_archive(location, accept)
+        try:
+            source = _open_folder(location, accept) if location.is_dir() else _open_archive(location, accept)
+        except ValueError as error:
+            if name == "" or location == root or name in _plain(location.name):
+                raise
+            log.warning("%s", error)  # perhaps something else that lies beside the data set, half downloaded
+            continue
         if source is not None:
             return source
     return None
@@ -120,11 +132,15 @@ def _candidates(root: Path, name: str) -> list[Path]:
     archives = [child for child in children if child.suffix.lower() in ARCHIVE_SUFFIXES and child.is_file()]
 
     def called(paths: list[Path]) -> list[Path]:
-        return [path for path in paths if name and name in re.sub(r"[-_ ]", "", path.name.lower())]
+        return [path for path in paths if name and name in _plain(path.name)]
 
     only_folder = folders if name == "" and len(folders) == 1 else []
     only_archive = archives if len(archives) == 1 else []
     return [root, *(called(folders) or only_folder), *(called(archives) or only_archive)]
+
+
+def _plain(file_name: str) -> str:
+    return re.sub(r"[-_ ]", "", file_name.lower())
 
 
 def _open_folder(location: Path, accept: Accept) -> Source | None:

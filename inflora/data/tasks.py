@@ -380,6 +380,7 @@ class TaskSequence:
         split_id: how training and test images were told apart.
         test_counts: test images per task.
         test_hash: identifies the test images of all tasks (`hash_paths`).
+        image_hashes: per task, identifies its training and test images, by their names.
     """
 
     def __init__(
@@ -437,6 +438,13 @@ class TaskSequence:
         self.test_counts = [task.num_test for task in self.tasks]
         self.split_id = splits.split_id + (f" validation:{validation_fraction}" if validation_fraction > 0 else "")
         self.test_hash = hash_paths([test_set.paths[row] for row in torch.cat(test_rows).tolist()])
+        self.image_hashes = [
+            hash_paths(
+                [f"train {splits.train.paths[row]}" for class_id in task.class_ids for row in train_rows[class_id].tolist()]
+                + [f"test {test_set.paths[row]}" for class_id in task.class_ids for row in test_rows[class_id].tolist()]
+            )
+            for task in self.tasks
+        ]
         _check_images(splits.class_names, train_rows, test_rows, self.tasks)
 
     def __len__(self) -> int:

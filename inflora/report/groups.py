@@ -115,6 +115,8 @@ def _what_must_agree(run: Run) -> dict[str, str]:
     summary = run.summary
     settings = {key: value for key, value in run.settings.items() if key.startswith(("dataset.", "backbone."))}
     hashes = {key: str(summary[key])[:12] for key in ("test_hash", "weights_sha256")}
+    if summary.get("weights", {}).get("source") == "random":  # drawn with the run's seed
+        hashes["weights_sha256"] = "random"
     return {"dataset": summary["dataset"], "backbone": summary["backbone"], **settings, **hashes}
 
 
