@@ -217,7 +217,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", ["--mix 0 --smallest-area 1", "--mix 1 --smallest-area 0.5", "--model resnet", "--teacher TEACHER"])
+@pytest.mark.parametrize(
+    "options", ["--mix 0 --smallest-area 1", "--mix 1 --smallest-area 0.5 --hard-until 0.5", "--model resnet", "--teacher TEACHER"]
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     packed: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:

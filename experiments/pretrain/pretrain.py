@@ -314,13 +314,15 @@ class Run:
         args, progress = self.args, self.progress()
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_factor(progress, args.warmup)
+        is_hard = progress < args.hard_until
         if args.model == "vit_micro":
-            self.model.patch_drop.prob = args.patch_drop if progress < args.patch_drop_until else 0.0
+            self.model.patch_drop.prob = args.patch_drop if is_hard else 0.0
         self.model.train()
-        x, y = training_batch(images, self.step, args.batch_size, args.seed, args.smallest_area)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(args.seed * SEED_STRIDE + self.step)
-            x, y = self.mix(x, y)  # where it mixes, y becomes (B, num_classes), the share of each class
+        x, y = training_batch(images, self.step, args.batch_size, args.seed, args.smallest_area if is_hard else 1.0)
+        if is_hard:
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+                torch.manual_seed(args.seed * SEED_STRIDE + self.step)
+                x, y = self.mix(x, y)  # where it mixes, y becomes (B, num_classes), the share of each class
         with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
             logits = self.forward(x).float()
             if self.teacher is not None:
@@ -513,8 +515,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t.add_argument("--warmup", type=float, default=0.04, help="fraction of the budget")
     smoothing = f"probability spread over all classes ({_recipe('label_smoothing')})"
     t.add_argument("--label-smoothing", type=float, default=argparse.SUPPRESS, help=smoothing)
-    t.add_argument("--patch-drop", type=float, default=0.5, help="fraction of the patches left out in the first part of the run")
-    t.add_argument("--patch-drop-until", type=float, default=0.8, help="length of that part, as a fraction of the budget")
+    t.add_argument("--hard-until", type=float, default=0.8, help="fraction of the budget with patch dropout, zoom and CutMix")
+    t.add_argument("--patch-drop", type=float, default=0.5, help="fraction of vit_micro's patches left out in that part")
     area = f"of the part of an image that is zoomed to the whole; 1: no zoom ({_recipe('smallest_area')})"
     t.add_argument("--smallest-area", type=float, default=argparse.SUPPRESS, help=area)
     t.add_argument("--mix", type=float, default=argparse.SUPPRESS, help=f"probability of CutMix, for a batch ({_recipe('mix')})")
