@@ -62,7 +62,7 @@ class Method(nn.Module):
         self.heads = TaskHeads(int(backbone.num_features))  # type: ignore[arg-type]
         self._hits: list[Tensor] = []
         self._answers = 0
-        self._lonely_head: nn.Module | None = None  # what has been said about
+        self._told_of_single_class = 0  # heads there were then
 
     # ---- the contract ----
 
@@ -167,8 +167,8 @@ class Method(nn.Module):
 
         A later stage of a single class uses the softmax over all seen classes (`TaskHeads.local`); the old heads stay frozen.
         """
-        if self.heads.current.out_features == 1 and self._lonely_head is not self.heads.current:
-            self._lonely_head = self.heads.current
+        if self.heads.current.out_features == 1 and self._told_of_single_class < len(self.heads):
+            self._told_of_single_class = len(self.heads)
             what = "is zero" if len(self.heads) == 1 else "is over all seen classes"
             log.info("this task has a single class: the cross-entropy, elsewhere over a task's own classes, %s", what)
         scores, labels = self.heads.local(features, y)

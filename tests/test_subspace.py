@@ -814,7 +814,8 @@ def test_moments_over_several_processes_equal_one() -> None:
     with CovarianceAccumulator(layers_of(model)) as single, torch.no_grad():
         model(x)
     for name in layers_of(model):
-        assert torch.allclose(ranks[3].covariance(name), single.covariance(name), rtol=1e-6)
+        # The small entries are sums of large ones: their rounding, which depends on the processor, is relative to those.
+        torch.testing.assert_close(ranks[3].covariance(name), single.covariance(name), rtol=0, atol=1e-6)
 
 
 def test_a_layer_that_saw_nothing_is_an_error() -> None:
