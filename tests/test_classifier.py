@@ -45,7 +45,7 @@ def test_a_loss_over_a_single_new_class_trains_its_head_alone():
     assert torch.equal(scores, heads(features)) and torch.equal(labels, y)
     torch.nn.functional.cross_entropy(scores, labels).backward()
     assert all(parameter.grad is None for head in heads.heads[:-1] for parameter in head.parameters())
-    assert all(parameter.grad.abs().sum() > 0 for parameter in heads.current.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in heads.current.parameters())  # type: ignore[union-attr]
     (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(heads(features), y), features)
     torch.testing.assert_close(features.grad, expected)  # what lies below learns as from all heads
 
