@@ -1,7 +1,7 @@
 """Supervised pretraining of `vit_micro`, the small ViT whose weights ship in the package.
 
     python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/teacher --model resnet --minutes 20
-    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/vit_micro --teacher runs/teacher --minutes 72
+    python experiments/pretrain/pretrain.py train  --data tinyimagenet32.npz --out runs/vit_micro --teacher runs/teacher --minutes 80
     python experiments/pretrain/pretrain.py export --data tinyimagenet32.npz --run runs/vit_micro --to inflora/weights/vit_micro.safetensors
 
 `train` continues from `OUT/checkpoint.pt` when there is one. Its schedule follows a budget of epochs, of minutes, or of both: progress is

@@ -137,6 +137,7 @@ def _cifar100_folder(root: Path) -> Path | None:
 
 
 _CIFAR100_FILES = ("train", "test", "meta")
+_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _is_cifar100(folder: Path) -> bool:
@@ -157,7 +158,7 @@ def _unpack_cifar100(archive: Path) -> Path:
     try:
         return _unpack_to(archive, archive.parent / CIFAR100.base_folder)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in _MAY_NOT_WRITE:
             raise
         return _unpack_to(archive, cached)
 
@@ -171,7 +172,7 @@ def _unpack_to(archive: Path, folder: Path) -> Path:
     except (tarfile.TarError, OSError, EOFError) as error:
         if _is_cifar100(folder):  # another process was faster
             return folder
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (*_MAY_NOT_WRITE, errno.ENOSPC, errno.EDQUOT):
             raise  # not the archive's fault
         raise ValueError(f"{archive} cannot be unpacked ({error}); remove it to download it again, or replace it") from error
     finally:
@@ -431,6 +432,11 @@ def _labels(folders: list[str]) -> tuple[Tensor, list[str]]:
     return torch.tensor([label_of[name] for name in folders]), class_names
 
 
+def rows_by_class(labels: Tensor, num_classes: int) -> list[Tensor]:
+    """For every class, the rows of its images, ascending."""
+    return list(labels.argsort(stable=True).split(labels.bincount(minlength=num_classes).tolist()))
+
+
 def _need_two_of_every_class(labels: Tensor, seed: int) -> None:
     if (few := int((labels.bincount() < 2).sum())) > 0:
         raise ValueError(f"dataset.split=stratified:{seed} needs two images of every class; {few} classes have only one")
@@ -451,8 +457,7 @@ def _stratified_by_class(labels: Tensor, class_names: list[str], seed: int) -> t
     """As `_stratified`, but each class by itself: where classes are added, those that were there before are split as before."""
     _need_two_of_every_class(labels, seed)
     train, test = [], []
-    for label, name in enumerate(class_names):
-        rows = (labels == label).nonzero().flatten()
+    for name, rows in zip(class_names, rows_by_class(labels, len(class_names)), strict=True):
         rows = rows[torch.randperm(len(rows), generator=generator(seed, f"split:{name}"))]
         num_test = max(1, round(0.2 * len(rows)))
         test.append(rows[:num_test])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inflora.data.cache import ImageStore, map_ahead
-from inflora.data.datasets import ImageSet, Splits, hash_paths
+from inflora.data.datasets import Splits, hash_paths, rows_by_class
 from inflora.seeding import generator, stream_seed, uniform
 
 if TYPE_CHECKING:
@@ -461,11 +461,6 @@ class TaskSequence:
         return self.tasks if self._stream == "joint" else self.tasks[: task.index + 1]
 
 
-def _rows_by_class(images: ImageSet, num_classes: int) -> list[Tensor]:
-    counts = images.labels.bincount(minlength=num_classes)
-    return list(images.labels.argsort(stable=True).split(counts.tolist()))
-
-
 def _shuffle_class(rows: Tensor, kind: str, class_name: str) -> Tensor:
     """The rows of one class in an order that depends on its name and number of images alone."""
     return rows[torch.randperm(len(rows), generator=generator(0, f"subset:{kind}:{class_name}"))]
@@ -479,7 +474,7 @@ def _select_rows(splits: Splits, fraction: float, max_train: int | None, max_tes
         if limit is not None and limit < 1:
             raise ValueError(f"dataset.{name}={limit} is out of range; choose 1 or more, or null for all images")
     train_rows, test_rows = [], []
-    by_class = (_rows_by_class(images, len(splits.class_names)) for images in (splits.train, splits.test))
+    by_class = (rows_by_class(images.labels, len(splits.class_names)) for images in (splits.train, splits.test))
     for name, train, test in zip(splits.class_names, *by_class, strict=True):
         train = _shuffle_class(train, "train", name)
         if fraction > 0:
