@@ -35,6 +35,7 @@ class Records:
             of images assigned to the right task; row i after training task i, column j for the test images of task j.
         trainable_parameters: numbers trained in each stage.
         wall_seconds: time spent per part, summed over resumed parts of the run.
+        history: the planned number of tasks, the device and the code of each part of the run; equal parts in a row are one.
 
     Args:
         num_tasks: tasks of the sequence.
@@ -44,6 +45,7 @@ class Records:
     def __init__(self, num_tasks: int, device: torch.device) -> None:
         self.device = device
         self._peak_before = 0
+        self.history = [{"num_tasks": num_tasks, "device": device_name(device), **git_revision()}]
         self.matrices = np.full((3, num_tasks, num_tasks), np.nan)
         self.trainable_parameters: list[int] = []
         self.wall_seconds: dict[str, float] = dict.fromkeys(WALL_PARTS, 0.0)
@@ -92,6 +94,7 @@ class Records:
             "wall_seconds": self._parts(),
             "total_seconds": self.total_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "history": self.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -102,6 +105,8 @@ class Records:
         self.wall_seconds = dict(state["wall_seconds"])
         self._total_before, self._began = state["total_seconds"], time.monotonic()
         self._peak_before = state.get("peak_memory_bytes", 0)
+        before = state.get("history", [])
+        self.history = before + self.history if before[-1:] != self.history else before
 
     def timings(self) -> dict[str, float]:
         """`wall_seconds` as written: the parts, everything else, and the total."""
@@ -129,14 +134,15 @@ def summary(
         "peak_memory_bytes": records.peak_memory_bytes,
         "test_counts": list(sequence.test_counts),
         "test_hash": sequence.test_hash,
+        "train_hash": sequence.train_hash,
         "split": sequence.split_id,
         "transform": config["dataset"]["transform"],
         "normalize": config["dataset"]["normalize"],
         "weights": backbone.weights,
         "weights_sha256": backbone.weights["sha256"] or backbone.weights["tensors_sha256"],
-        "device": device_name(method.device),
         "versions": package_versions(),
-        **git_revision(),
+        **{name: value for name, value in records.history[-1].items() if name != "num_tasks"},
+        "history": records.history,
     }
 
 
@@ -195,13 +201,13 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def git_revision() -> dict[str, Any]:
-    """Commit and dirty flag of the clone this code runs from; null for an installed package."""
-    root = Path(__file__).parent.parent
+    """Commit of the clone this code runs from, and whether its code has changed since; null for an installed package."""
+    root, code = Path(__file__).parent.parent, ["inflora", "conf", "train.py"]  # what else lies in the clone changes no result
     if not (root / ".git").exists():
         return {"git_commit": None, "git_dirty": None}
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(["git", "status", "--porcelain", "--", *code], cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": None, "git_dirty": None}
     return {"git_commit": commit, "git_dirty": bool(changes.strip())}

@@ -95,7 +95,7 @@ def read_events(folder: Path, event: str | None = None) -> list[dict[str, Any]]:
     return [one for one in events if event in (None, one["event"])]
 
 
-VARYING = {"time", "wall_seconds", "images_per_second", "peak_memory_bytes", "git_commit", "git_dirty"}
+VARYING = {"time", "wall_seconds", "images_per_second", "peak_memory_bytes", "git_commit", "git_dirty", "history"}
 """What may differ between two runs of one configuration (somebody may be working in the clone)."""
 
 

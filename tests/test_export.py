@@ -239,6 +239,32 @@ def test_a_run_in_float16_is_tested_on_a_cpu(tmp_path: Path):
     assert now == pytest.approx(recorded)
 
 
+def test_what_is_not_as_recorded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")
+    assert evaluate.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("Same as recorded.\n")
+    *lines, last = (tmp_path / "accuracy_matrix.csv").read_text().splitlines()
+    first, *others = map(float, last.split(","))
+    one_image = 100 / json.loads((tmp_path / "summary.json").read_text())["test_counts"][0]
+    for images, code, words in ((1, 0, "Same as recorded.\n"), (2, 1, "or another precision than then.\n")):
+        changed = first + images * one_image
+        (tmp_path / "accuracy_matrix.csv").write_text("\n".join([*lines, ",".join(map(str, [changed, *others]))]) + "\n")
+        assert evaluate.main([str(tmp_path)]) == code
+        assert capsys.readouterr().out.endswith(words)
+
+
+def test_images_of_other_classes_are_no_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "num_classes").write_text("4")
+    options = ["dataset._target_=toy.growing", f"dataset.root={root}", "dataset.num_tasks=2", "trainer.epochs=1"]
+    run_toy(tmp_path / "run", "method=linear_probe", *options)
+    (root / "num_classes").write_text("6")
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "run")]) == 1
+    assert error_of(capsys) == f"dataset.root={root} has other classes than {tmp_path / 'run'} was trained on; test on the same ones"
+
+
 class Strange(LinearProbe):
     """Answers that no comparison should take for a model's."""
 

@@ -252,6 +252,56 @@ def test_other_data_or_weights_are_another_section(tmp_path: Path, difference: d
     assert [group.label for section in sections for group in section.groups] == ["inflora", "sequential"]
 
 
+def test_own_data_sets_are_called_by_their_folders(tmp_path: Path):
+    for number, name in enumerate(("flowers", "birds")):
+        run = write_run(tmp_path / name, changes={"dataset": "imagefolder", "train_hash": f"{number}" * 64})
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["dataset"]["root"] = f"data/{name}"
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert {section.title for section in report.load([tmp_path]).sections} == {
+        "imagefolder, vit_micro (images=flowers)",
+        "imagefolder, vit_micro (images=birds)",
+    }
+
+
+def test_other_training_images_are_no_repetition(tmp_path: Path):
+    write_run(tmp_path / "a", changes={"train_hash": "0" * 64})
+    write_run(tmp_path / "b", changes={"train_hash": "1" * 64})
+    loaded = report.load([tmp_path])
+    assert [section.title for section in loaded.sections] == [f"digits_5task, vit_micro (train_hash={digit * 12})" for digit in "01"]
+    assert loaded.left_out == []
+
+
+def test_long_settings_are_short_in_titles_and_stay_apart(tmp_path: Path):
+    orders = [list(range(100)), [1, 0, *range(2, 100)]]
+    for number, order in enumerate(orders):
+        write_run(tmp_path / str(number), dataset={"class_order": order})
+    titles = [section.title for section in report.load([tmp_path]).sections]
+    assert len(set(titles)) == 2
+    assert all(len(title) < 90 for title in titles)
+
+
+def test_a_whole_number_is_the_same_setting_in_either_spelling(tmp_path: Path):
+    write_run(tmp_path / "a", seed=0, settings={"threshold_end": 1.0, "scale": 0.5})
+    write_run(tmp_path / "b", seed=1, settings={"threshold_end": 1, "scale": 0.5})
+    (section,) = report.load([tmp_path]).sections
+    (group,) = section.groups
+    assert group.runs[0].settings["method.threshold_end"] == "1"
+    assert group.runs[0].settings["method.scale"] == "0.5"
+
+
+def test_a_continued_sequence_is_no_repetition_of_one_planned_whole(tmp_path: Path):
+    part = {"device": "cpu", "git_commit": "a" * 40, "git_dirty": False}
+    write_run(tmp_path / "a", seed=0, changes={"history": [{"num_tasks": 2, **part}, {"num_tasks": 5, **part}]})
+    write_run(tmp_path / "b", seed=1, changes={"history": [{"num_tasks": 5, **part}, {"num_tasks": 5, **part, "device": "gpu"}]})
+    write_run(tmp_path / "c", seed=2)
+    (section,) = report.load([tmp_path]).sections
+    assert {group.label: len(group.runs) for group in section.groups} == {
+        "inflora (planned_tasks=2, 5)": 1,
+        "inflora (planned_tasks=absent)": 2,
+    }
+
+
 def test_seeds_of_random_weights_are_one_group(tmp_path: Path):
     for seed in (0, 1):
         write_run(tmp_path / str(seed), seed=seed, changes={"weights": {"source": "random"}, "weights_sha256": f"{seed}" * 64})
@@ -460,6 +510,12 @@ def test_html_escapes_what_users_type(tmp_path: Path):
     assert page.open == []
 
 
+def test_latex_cells_are_text():
+    assert tables._latex_cell("a_b^2~{5 % & #1 $ \\ 1 ± 2, −3 –") == (
+        r"a\_b\textasciicircum{}2\textasciitilde{}\{5 \% \& \#1 \$ \textbackslash{} 1 $\pm$ 2, $-$3 --"
+    )
+
+
 def test_latex_table_is_booktabs_with_escaped_names(written: Path):
     text = (written / "table.tex").read_text()
     lines = text.splitlines()
@@ -512,6 +568,34 @@ def test_notes_warn_of_what_cannot_be_compared(tmp_path: Path):
     assert "Some runs come from code with uncommitted changes: see the last table." in text
     assert "The runs come from different devices: their times cannot be compared." in text
     assert "| unknown, changed | 2.6.0 | NVIDIA H100 |" in text
+
+
+def test_every_part_of_a_resumed_run_is_told(tmp_path: Path):
+    parts = [
+        {"num_tasks": 5, "device": "NVIDIA H100", "git_commit": "b" * 40, "git_dirty": True},
+        {"num_tasks": 5, "device": "cpu", "git_commit": "a" * 40, "git_dirty": False},
+    ]
+    write_run(tmp_path / "a", changes={"history": parts})
+    text = (report.write([tmp_path], tmp_path / "out").parent / "report.md").read_text()
+    assert "The runs come from different code revisions: see the last table." in text
+    assert "Some runs come from code with uncommitted changes: see the last table." in text
+    assert "The runs come from different devices: their times cannot be compared." in text
+    assert "| bbbbbbbbb, changed, aaaaaaaaa | 2.6.0 | NVIDIA H100, cpu |" in text
+
+
+def test_different_budgets_are_told_and_every_setting_is_in_the_results(tmp_path: Path):
+    write_run(tmp_path / "a", settings={"rank": 10})
+    run = write_run(tmp_path / "b", method="sequential")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"] |= {"epochs": 20, "device": "cuda"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    out = report.write([tmp_path], tmp_path / "out").parent
+    assert (
+        "Not the same for all runs: trainer.epochs (5, 20). results.csv has every setting of every run." in (out / "report.md").read_text()
+    )
+    frame = pd.read_csv(out / "results.csv", index_col="method")
+    assert frame["trainer.epochs"].to_dict() == {"inflora": 5, "sequential": 20}
+    assert frame.loc["inflora", "method.rank"] == 10 and np.isnan(frame.loc["sequential", "method.rank"])
 
 
 # --- figures -------------------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,22 @@ def test_memory_of_an_earlier_part_of_the_run_counts(tmp_path):
     assert later.peak_memory_bytes == later.state_dict()["peak_memory_bytes"] == 2**60
 
 
+def test_every_part_of_the_run_is_remembered_once(monkeypatch):
+    def begin(num_tasks: int, commit: str, state: dict | None = None) -> Records:
+        monkeypatch.setattr(results, "git_revision", lambda: {"git_commit": commit, "git_dirty": False})
+        records = Records(num_tasks, torch.device("cpu"))
+        if state is not None:
+            records.load_state_dict(state)
+        return records
+
+    first = begin(2, "a")
+    again = begin(2, "a", first.state_dict())
+    assert again.history == first.history
+    later = begin(3, "a", begin(2, "b", again.state_dict()).state_dict())
+    assert [(part["num_tasks"], part["git_commit"]) for part in later.history] == [(2, "a"), (2, "b"), (3, "a")]
+    assert all(part["device"].endswith("threads") for part in later.history)
+
+
 def test_clocks_count_what_goes_on_inside_them(clock):
     records = Records(1, torch.device("cpu"))
     clock.now += 1
@@ -153,6 +169,9 @@ def test_commit_of_the_clone(clone):
     git(clone, "add", "-A")
     git(clone, "commit", "-qm", "first")
     commit = git(clone, "rev-parse", "HEAD")
+    assert results.git_revision() == {"git_commit": commit, "git_dirty": False}
+    (clone / "report").mkdir()
+    (clone / "report" / "report.md").write_text("no code\n")
     assert results.git_revision() == {"git_commit": commit, "git_dirty": False}
     (clone / "inflora" / "results.py").write_text("changed\n")
     assert results.git_revision() == {"git_commit": commit, "git_dirty": True}

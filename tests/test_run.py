@@ -342,6 +342,7 @@ def test_a_finished_run_goes_on_with_further_tasks(method, tmp_path):
     long = (folder / "accuracy_matrix.csv").read_text().splitlines()
     assert [line.removesuffix(",") for line in long[1:3]] == short[1:]
     assert num_rows(folder) == 3
+    assert [part["num_tasks"] for part in found["history"]] == [2, 3]
     assert (found["num_tasks"], len(found["accuracy_curve"]), found["test_counts"]) == (3, 3, [8, 8, 8])
     assert [event["event"] for event in read_events(folder)] == ["run", *["epoch", "task"] * 2, "run", "epoch", "task", "summary"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["dataset"]["num_tasks"] == 3

@@ -227,7 +227,10 @@ def test_subset_of_a_class_survives_new_classes() -> None:
 
 def test_hash_is_of_the_sorted_test_paths() -> None:
     splits = toy_splits()
-    assert sequence(splits, order=[3, 0, 5, 1, 4, 2]).test_hash == hash_paths(splits.test.paths)
+    found = sequence(splits, order=[3, 0, 5, 1, 4, 2])
+    assert found.test_hash == hash_paths(splits.test.paths)
+    assert found.train_hash == hash_paths(splits.train.paths)
+    assert sequence(splits, max_train_per_class=1).train_hash != found.train_hash
     assert hash_paths(["b", "a"]) == "911169ddaaf146aff539f58c26c489af3b892dff0fe283c1c264c65ae5aa59a2", "printf 'a\nb\n' | sha256sum"
 
 

@@ -379,7 +379,7 @@ class TaskSequence:
         tasks: the tasks.
         split_id: how training and test images were told apart.
         test_counts: test images per task.
-        test_hash: identifies the test images of all tasks (`hash_paths`).
+        test_hash, train_hash: identify the test and the training images of all tasks by their names (`hash_paths`), in any order.
         image_hashes: per task, identifies its training and test images, by their names.
     """
 
@@ -438,6 +438,7 @@ class TaskSequence:
         self.test_counts = [task.num_test for task in self.tasks]
         self.split_id = splits.split_id + (f" validation:{validation_fraction}" if validation_fraction > 0 else "")
         self.test_hash = hash_paths([test_set.paths[row] for row in torch.cat(test_rows).tolist()])
+        self.train_hash = hash_paths([splits.train.paths[row] for row in torch.cat(train_rows).tolist()])
         self.image_hashes = [
             hash_paths(
                 [f"train {splits.train.paths[row]}" for class_id in task.class_ids for row in train_rows[class_id].tolist()]

@@ -1,13 +1,16 @@
 """From runs to comparisons: sections that share data and weights, groups that differ only in the seed, statistics over a group."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inflora.report.runs import Run
 
+_HASHES = ("test_hash", "train_hash", "weights_sha256")
 _LONGEST_SETTINGS_IN_A_LABEL = 40  # characters: beyond that, a legend does not fit below its plot
 
 
@@ -46,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """Groups that may be compared: same data, tasks, test images, input pipeline and pretrained weights."""
+    """Groups that may be compared: same images, tasks, input pipeline and pretrained weights."""
 
     title: str
     groups: list[Group]
@@ -114,7 +117,7 @@ def _what_must_agree(run: Run) -> dict[str, str]:
     """Everything about data and weights that makes accuracies incomparable when it differs."""
     summary = run.summary
     settings = {key: value for key, value in run.settings.items() if key.startswith(("dataset.", "backbone."))}
-    hashes = {key: str(summary[key])[:12] for key in ("test_hash", "weights_sha256")}
+    hashes = {key: str(summary[key])[:12] for key in _HASHES if key in summary}
     if summary.get("weights", {}).get("source") == "random":  # drawn with the run's seed
         hashes["weights_sha256"] = "random"
     return {"dataset": summary["dataset"], "backbone": summary["backbone"], **settings, **hashes}
@@ -143,13 +146,27 @@ def _label(method: str, differs: dict[str, str], number: int) -> str:
 
 
 def _titles(by_data: list[tuple[dict[str, str], list[Run]]]) -> list[str]:
+    """Data and backbone; where several sections share them, what sets them apart: settings, else their folders' names, else hashes."""
     titles = []
     for data, _ in by_data:
-        same_name = [other for other, _ in by_data if (other["dataset"], other["backbone"]) == (data["dataset"], data["backbone"])]
-        differs = differing(same_name)[same_name.index(data)]
-        details = ", ".join(f"{key}={value}" for key, value in differs.items())
+        same_name = [part for part in by_data if (part[0]["dataset"], part[0]["backbone"]) == (data["dataset"], data["backbone"])]
+        settings = [{key: value for key, value in other.items() if key not in _HASHES} for other, _ in same_name]
+        folders = [{"images": Path(members[0].root).name} for _, members in same_name]
+        shown: list[dict[str, str]] = [{} for _ in same_name]
+        for more in (settings, folders, [other for other, _ in same_name]):
+            shown = [known | further for known, further in zip(shown, more, strict=True)]
+            differs = differing(shown)
+            if len({tuple(entries.items()) for entries in differs}) == len(same_name):
+                break
+        own = differs[[other for other, _ in same_name].index(data)]
+        details = ", ".join(f"{key}={shorten(value)}" for key, value in own.items())
         titles.append(f"{data['dataset']}, {data['backbone']}" + (f" ({details})" if details else ""))
     return titles
+
+
+def shorten(text: str) -> str:
+    """A value as a title or a cell can hold it; long ones, such as a class order, are told apart by a hash."""
+    return text if len(text) <= _LONGEST_SETTINGS_IN_A_LABEL else f"{text[:20]}… ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
 
 
 def differing(settings: list[dict[str, str]]) -> list[dict[str, str]]:

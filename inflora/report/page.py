@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jinja2
 
 from inflora.report.figures import INK
-from inflora.report.groups import Section
+from inflora.report.groups import Section, differing
 from inflora.report.tables import (
     MEANINGS,
     Table,
@@ -85,10 +85,15 @@ def _notes(section: Section) -> list[str]:
     single = [group.label for group in section.groups if len(group.runs) == 1]
     if single:
         notes.append(f"One run, hence no standard deviation: {', '.join(single)}.")
-    if len({(run.summary["git_commit"], run.summary["git_dirty"]) for run in section.runs}) > 1:
+    parts = [part for run in section.runs for part in run.history]
+    if len({(part["git_commit"], part["git_dirty"]) for part in parts}) > 1:
         notes.append("The runs come from different code revisions: see the last table.")
-    if any(run.summary["git_dirty"] for run in section.runs):
+    if any(part["git_dirty"] for part in parts):
         notes.append("Some runs come from code with uncommitted changes: see the last table.")
-    if len({run.summary["device"] for run in section.runs}) > 1:
+    if len({part["device"] for part in parts}) > 1:
         notes.append("The runs come from different devices: their times cannot be compared.")
+    budgets = differing([{key: value for key, value in run.settings.items() if key.startswith("trainer.")} for run in section.runs])
+    if budgets[0]:
+        values = (f"{key} ({', '.join(dict.fromkeys(budget[key] for budget in budgets))})" for key in budgets[0])
+        notes.append(f"Not the same for all runs: {', '.join(values)}. results.csv has every setting of every run.")
     return notes

@@ -22,8 +22,8 @@ _REQUIRED = (  # names in summary.json
     "method", "dataset", "backbone", "backbone_tag", "seed", "num_tasks", "task_sizes", "class_order", "test_counts", "test_hash", "split",
     "weights_sha256", "transform", "normalize", "accuracy_curve", "last_accuracy", "last_accuracy_macro", "average_accuracy",
     "average_accuracy_macro", "forgetting", "forgetting_clamped", "forgetting_coda", "forgetting_libcontinual", "backward_transfer",
-    "learning_accuracy", "task_aware_accuracy", "task_id_accuracy", "trainable_parameters", "stored_parameters", "wall_seconds",
-    "versions", "git_commit", "git_dirty", "device",
+    "learning_accuracy", "task_aware_accuracy", "task_id_accuracy", "trainable_parameters", "stored_parameters", "peak_memory_bytes",
+    "wall_seconds", "versions", "git_commit", "git_dirty", "device",
 )
 # fmt: on
 
@@ -35,14 +35,22 @@ class Run:
     Attributes:
         path: the folder, as the user named it.
         summary: summary.json; accuracies in percent.
-        settings: config.yaml, flat ("trainer.epochs": "5"), without the keys of `NOT_PART_OF_THE_EXPERIMENT`.
+        settings: config.yaml, flat ("trainer.epochs": "5"), without the keys of `NOT_PART_OF_THE_EXPERIMENT`; of a sequence continued
+            with further tasks also the numbers of tasks it was planned for, which some methods depend on.
+        root: where its images were.
         accuracy: (T, T) percent, nan where not measured.
     """
 
     path: Path
     summary: dict[str, Any]
     settings: dict[str, str]
+    root: str
     accuracy: NDArray[np.float64]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Code and device of every part of the run, see `Records`; runs of earlier versions tell the last one only."""
+        return self.summary.get("history", [self.summary])
 
     @property
     def stream(self) -> tuple[int, tuple[int, ...]]:
@@ -94,7 +102,11 @@ def read_run(path: Path) -> Run:
     if accuracy.shape != (summary["num_tasks"],) * 2:
         shape = " x ".join(map(str, accuracy.shape))
         raise ValueError(f"{path} has {summary['num_tasks']} tasks but an accuracy_matrix.csv of {shape}: left out.")
-    return Run(path, summary, _settings(config), accuracy)
+    settings = _settings(config)
+    planned = list(dict.fromkeys(part["num_tasks"] for part in summary.get("history", [])))
+    if len(planned) > 1:
+        settings["planned_tasks"] = ", ".join(map(str, planned))
+    return Run(path, summary, settings, config["dataset"]["root"], accuracy)
 
 
 def _run_folders(folder: Path) -> list[Path]:
@@ -119,6 +131,8 @@ def _settings(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
             continue
         if isinstance(value, dict) and value:
             flat.update(_settings(value, f"{key}."))
+        elif isinstance(value, float) and value.is_integer():  # 1.0 is the same setting as 1
+            flat[key] = str(int(value))
         else:
             flat[key] = value if isinstance(value, str) else json.dumps(value)
     return flat

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from inflora.report.groups import Group, Section, Statistic, paired_differences, statistic
+from inflora.report.groups import Group, Section, Statistic, paired_differences, shorten, statistic
 
 UNDEFINED = "–"
 
@@ -48,6 +48,13 @@ MEANINGS = {
     "learning": "mean accuracy on each task right after learning it.",
     "clamped, CODA, LibContinual": "as L2P and PILOT, CODA-Prompt, and LibContinual define forgetting: comparable only within a kind.",
 }
+
+
+_LATEX = str.maketrans({
+    **{character: rf"\{character}" for character in "_%&#${}"},
+    "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "±": r"$\pm$", "−": "$-$", UNDEFINED: "--", "…": r"\ldots{}",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,22 +123,22 @@ def provenance_table(section: Section) -> Table:
         number = "" if len(orders) == 1 else f" ({len(orders)} orders)"
         columns = (
             [str(summary["seed"]) for summary in summaries],
-            [_shorten(group.runs[0].settings["dataset.class_order"]) + number],
-            [_revision_text(summary) for summary in summaries],
+            [shorten(group.runs[0].settings["dataset.class_order"]) + number],
+            [_revision_text(part) for run in group.runs for part in run.history],
             [summary["versions"]["torch"] for summary in summaries],
-            [summary["device"] for summary in summaries],
+            [part["device"] for run in group.runs for part in run.history],
         )
         rows.append([group.label, *(", ".join(dict.fromkeys(column)) for column in columns)])
     return Table("Where the numbers come from", header, rows)
 
 
-def _revision_text(summary: dict[str, Any]) -> str:
-    commit = summary["git_commit"]
-    return (commit[:9] if commit else "unknown") + (", changed" if summary["git_dirty"] else "")
+def _revision_text(part: dict[str, Any]) -> str:
+    commit = part["git_commit"]
+    return (commit[:9] if commit else "unknown") + (", changed" if part["git_dirty"] else "")
 
 
 def runs_frame(sections: Iterable[Section]) -> pd.DataFrame:
-    """One row per run: its folder, its group's label, and every scalar of summary.json (wall_seconds in parts)."""
+    """One row per run: its folder, its group's label, every scalar of summary.json (wall_seconds in parts), and every setting."""
     rows = []
     for section in sections:
         for group in section.groups:
@@ -139,9 +146,8 @@ def runs_frame(sections: Iterable[Section]) -> pd.DataFrame:
                 scalars = {name: value for name, value in run.summary.items() if not isinstance(value, (list, dict))}
                 times = {f"wall_seconds_{part}": value for part, value in run.summary["wall_seconds"].items()}
                 order = json.dumps(run.summary["class_order"])
-                rows.append(
-                    {"run": run.path.as_posix(), "section": section.title, "label": group.label, **scalars, **times, "class_order": order}
-                )
+                names = {"run": run.path.as_posix(), "section": section.title, "label": group.label}
+                rows.append({**names, **scalars, **times, "class_order": order, **run.settings})
     return pd.DataFrame(rows)
 
 
@@ -243,11 +249,5 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= 30 else text[:29] + "…"
-
-
 def _latex_cell(text: str) -> str:
-    for character, replacement in {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$"}.items():
-        text = text.replace(character, replacement)
-    return text.replace("±", r"$\pm$").replace("−", "$-$").replace(UNDEFINED, "--")
+    return text.translate(_LATEX)
