@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from inflora import config, plugins
 
 EXIT_FAULT, EXIT_STOPPED = 1, 130
 
-PATH_KEYS = ("output_dir", "dataset.root", "backbone.checkpoint", "hydra.run.dir", "hydra.sweep.dir")
+PATH_KEYS = ("output_dir", "dataset.root", "backbone.checkpoint", "hydra.sweep.dir")
 
 GROUPS = {
     "dataset": "what to learn",
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if flags:
             _check_sweep(others)
+        elif any(argument.startswith("hydra.run.dir=") for argument in others):
+            raise ValueError("the folder of a run is output_dir; set output_dir=FOLDER instead of hydra.run.dir")
         app()
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: options that exclude each other
         if show_traceback:
@@ -180,9 +183,11 @@ class Job:
         except (Interrupted, KeyboardInterrupt) as stop:
             saved = "everything so far is saved" if isinstance(stop, Interrupted) else "what the last checkpoint holds is saved"
             overrides = [override for override in hydra_config.overrides.task if not override.startswith(("output_dir=", "resume="))]
-            command = shlex.join(["python", "train.py", f"output_dir={cfg.output_dir}", *overrides])
+            command = shlex.join([*_program(), f"output_dir={cfg.output_dir}", *overrides])
             if hydra_config.mode == RunMode.MULTIRUN:
                 command = "the same command"
+            elif started is not None:
+                command = f"the same command, with {shlex.quote(f'output_dir={cfg.output_dir}')}"
             if started is None or started.rank == 0:
                 Console(stderr=True).print(f"Stopped; {saved}. To continue:\n  {_escape(command)}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_STOPPED)
@@ -203,6 +208,18 @@ class Job:
         if hydra_config.mode == RunMode.MULTIRUN:
             raise JobFailed  # the other jobs still have their turn
         sys.exit(EXIT_FAULT)
+
+
+def _program() -> list[str]:
+    """How this program was called: by a script and the interpreter it needs, or by the command that comes with the package."""
+    script = sys.argv[0]
+    if not script.endswith(".py"):
+        return [os.path.basename(script)]
+    found, own = shutil.which("python"), sys.executable
+    if found is not None and os.path.dirname(found) == os.path.dirname(own):  # an environment's interpreter is a link to another one's
+        return ["python", script]
+    inside = os.path.relpath(own)
+    return [own if inside.startswith(os.pardir) else inside, script]
 
 
 def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:

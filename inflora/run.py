@@ -104,6 +104,9 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     folder = Path(plain["output_dir"])
     finished = _look_up(folder, plain)
     if finished is not None:
+        started = started_by_launcher(plain["trainer"]["num_devices"])
+        if started is not None and started.rank > 0:
+            return finished
         print(f"This run is finished: {folder}")
         report.print_table(finished)
         if not (folder / "report" / "report.html").exists():  # it was killed in between
@@ -252,8 +255,10 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
     reset_peak_memory(fabric.device)
     trackers = Trackers([])
     with failing_together():
+        optimizer = _instantiate("optimizer", {key: value for key, value in plain["optimizer"].items() if key != "head_lr"})
+        schedule = _instantiate("scheduler", plain["scheduler"])
         parts = build(fabric, plain)
-        _check_tasks(folder, parts)
+        _check_begun(folder, parts)
         if fabric.is_global_zero:
             _write_configuration(folder, plain, origin)
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
@@ -262,10 +267,10 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         trainer = Trainer(
             fabric,
             epochs=plain["trainer"]["epochs"],
-            optimizer=_instantiate("optimizer", {key: value for key, value in plain["optimizer"].items() if key != "head_lr"}),
+            optimizer=optimizer,
             lr=plain["optimizer"]["lr"],
             head_lr=plain["optimizer"]["head_lr"],
-            schedule=_instantiate("scheduler", plain["scheduler"]),
+            schedule=schedule,
             grad_clip=plain["trainer"]["grad_clip"],
             grad_accumulation=plain["trainer"]["grad_accumulation"],
             seed=plain["seed"],
@@ -320,14 +325,15 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     except FileNotFoundError:
         load_images()  # where both are missing, the images are the larger errand: say that first
         raise
-    # After the method, which checks its arguments: decoding images may take minutes.
-    splits = load_images()
+    # Whatever can fail without images comes before them: decoding may take minutes.
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
+    transforms = build_transforms(data["transform"], backbone.image_size, mean, std)
+    splits = load_images()
     sequence = TaskSequence(
         splits,
         class_order=parse_class_order(data["class_order"], len(splits.class_names), plain["seed"]),
         task_sizes=split_task_sizes(len(splits.class_names), data["num_tasks"], data["task_sizes"]),
-        transforms=build_transforms(data["transform"], backbone.image_size, mean, std),
+        transforms=transforms,
         loading=Loading(
             device=fabric.device,
             batch_size=plain["trainer"]["batch_size"],
@@ -389,8 +395,8 @@ def _value(config: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _check_tasks(folder: Path, parts: Parts) -> None:
-    """The tasks that the folder's run has begun with must be the first ones of this run.
+def _check_begun(folder: Path, parts: Parts) -> None:
+    """The folder's run must have begun with the same weights, and its tasks must be the first ones of this run.
 
     Raises:
         ValueError: if they are not.
@@ -398,6 +404,11 @@ def _check_tasks(folder: Path, parts: Parts) -> None:
     old = last_run_event(folder)
     if old is None:
         return
+    if old["weights"]["tensors_sha256"] != parts.backbone.weights["tensors_sha256"]:
+        raise ValueError(
+            f"output_dir={folder} holds a run that began with other weights of {parts.backbone.tag}, whose file has changed since; "
+            "choose another output_dir"
+        )
     new = [task.class_names for task in parts.sequence.tasks]
     same_tasks = new[: len(old["tasks"])] == old["tasks"]
     if "image_hashes" in old:
@@ -409,7 +420,11 @@ def _check_tasks(folder: Path, parts: Parts) -> None:
             f"output_dir={folder} holds a run on other images: those of the tasks it has begun with must stay the same training and test "
             "images in dataset.root; choose another output_dir"
         )
-    if not same_tasks or (parts.method.stream == "joint" and new != old["tasks"]):
+    if same_tasks and parts.method.stream == "joint" and new != old["tasks"]:
+        raise ValueError(
+            f"output_dir={folder} holds a run that learned all its classes at once, so it cannot go on with more; choose another output_dir"
+        )
+    if not same_tasks:
         raise ValueError(
             f"output_dir={folder} holds a run over other tasks: dataset.num_tasks, dataset.task_sizes, dataset.class_order and the "
             "classes in dataset.root must give the same tasks, or the same and then more; choose another output_dir"

@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 
 from inflora import plugins
 from inflora.checkpoint import lock_run
+from inflora.cli import _program
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -92,7 +94,7 @@ def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     assert cli(*QUICK, "seed=2").code == 0
     (folder,) = Path("outputs/digits_5task/linear_probe/seed=2").iterdir()
-    time.strptime(folder.name, "%Y-%m-%d_%H-%M-%S")
+    time.strptime(folder.name, "%Y-%m-%d_%H-%M-%S-%f")
     assert num_rows(folder) == 2
     assert list(Path().iterdir()) == [Path("outputs")]
 
@@ -103,6 +105,8 @@ def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path,
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (["hydra.run.dir=elsewhere"], "the folder of a run is output_dir; set output_dir=FOLDER instead of hydra.run.dir"),
+        (["method=mos", "method.alignment.lr=0"], "method.alignment.lr=0 is too small; choose more than 0"),
         (["method=inflor"], f"method=inflor is not known; choose one of {', '.join(METHODS)}"),
         (["dataset=cifar10"], "dataset=cifar10 is not known; choose one of cifar100_10task, cifar100_20task,"),
         (["backbone=vit_b16"], "backbone=vit_b16 is not known; choose one of vit_b16_dino,"),
@@ -388,7 +392,7 @@ def test_a_stopped_run_says_how_to_continue(cli: Cli, tmp_path: Path, monkeypatc
     lines = said.err.splitlines()
     assert "Stopped; everything so far is saved. To continue:" in lines
     command = shlex.split(lines[-1])
-    assert command[:3] == ["python", "train.py", f"output_dir={folder}"]
+    assert command[1:3] == ["train.py", f"output_dir={folder}"]
     assert cli(*command[2:]).code == 0
     assert num_rows(folder) == 2
 
@@ -409,6 +413,25 @@ def test_the_command_that_is_said_goes_on_in_the_default_folder(cli: Cli, tmp_pa
     assert num_rows(folder) == 2
 
 
+def test_the_command_names_the_interpreter_that_has_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    other, own = tmp_path / "other" / "python", tmp_path / "clone" / ".venv" / "bin" / "python"
+    for program in (other, own):
+        program.parent.mkdir(parents=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(own))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("PATH", str(other.parent))
+    monkeypatch.chdir(tmp_path / "clone")
+    assert _program() == [".venv/bin/python", "train.py"]
+    monkeypatch.chdir(tmp_path / "other")
+    assert _program() == [str(own), "train.py"]
+    monkeypatch.setenv("PATH", f"{own.parent}:{other.parent}")  # as `source .venv/bin/activate` sets it
+    assert _program() == ["python", "train.py"]
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/inflora-train"])
+    assert _program() == ["inflora-train"]
+
+
 @pytest.mark.parametrize("name", ["seed=0", "it's (1)", "a=b,c=d", "a,b", "~x", "a\\b=1", "ä b"])
 def test_a_path_may_have_any_characters(cli: Cli, name: str, tmp_path: Path):
     folder = tmp_path / name
@@ -425,4 +448,5 @@ def test_an_impatient_interrupt_leaves_without_a_traceback(cli: Cli, tmp_path: P
     said = cli(*QUICK, f"output_dir={tmp_path}")
     assert said.code == 130
     assert "Traceback" not in said.err
-    assert "Stopped; what the last checkpoint holds is saved. To continue:\n  python train.py output_dir=" in said.err
+    assert "Stopped; what the last checkpoint holds is saved. To continue:\n" in said.err
+    assert f"train.py output_dir={tmp_path}" in said.err

@@ -476,6 +476,23 @@ def test_missing_imagenet_r(tmp_path: Path) -> None:
         imagenet_r(write_renditions(tmp_path / "data"), split="folders")
 
 
+def test_data_sets_in_one_folder_are_not_taken_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zipped(write_toy(tmp_path / "build"), tmp_path / "one" / "cifar100.zip")
+    for root in (tmp_path / "one", write_toy(tmp_path / "data")):
+        for split in ("inflora", "folders"):
+            with pytest.raises(FileNotFoundError, match="ImageNet-R is not in"):
+                imagenet_r(root, split=split)
+    renditions_again = [f"{part}/{path}" for part in ("train", "test") for path in renditions()]
+    zipped(write(tmp_path / "build r", renditions_again, (8, 8)), tmp_path / "other" / "imagenet-r.zip")
+
+    def offline(*_: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "download", offline)
+    with pytest.raises(FileNotFoundError, match="CIFAR-100 is not in"):
+        cifar100(tmp_path / "other")
+
+
 @pytest.mark.parametrize("split", [None, "random", "stratified", "stratified:x"])
 def test_unknown_split_of_imagenet_r(split: str | None, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"dataset.split={split} is unknown; choose inflora, coda, folders or stratified:<seed>"):

@@ -273,6 +273,15 @@ def test_a_finished_run_is_looked_up(finished, capsys):
     assert f"{found['last_accuracy']:.2f}" in printed
 
 
+def test_one_of_several_processes_looks_a_finished_run_up_aloud(finished, monkeypatch, capsys):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for rank, is_heard in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_toy(finished, "trainer.num_devices=2") == summary_of(finished)
+        assert ("This run is finished" in capsys.readouterr().out) == is_heard
+
+
 def test_a_run_whose_report_a_kill_prevented_says_how_to_write_it(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
     run_toy(tmp_path / "run")
@@ -386,13 +395,26 @@ def test_tasks_that_were_begun_keep_their_images(tmp_path):
         run_toy(folder, *common, "dataset.num_tasks=2", "dataset.max_test_per_class=3")
 
 
+def test_a_run_does_not_go_on_with_other_weights(tmp_path):
+    common = ["method=linear_probe", "trainer.epochs=1"]
+    run_toy(tmp_path, *common)
+    (tmp_path / "summary.json").unlink()
+    events = read_events(tmp_path)
+    events[0]["weights"]["tensors_sha256"] = "0" * 64
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    with pytest.raises(
+        ValueError, match=r"holds a run that began with other weights of vit_toy.test, whose file has changed since; choose"
+    ):
+        run_toy(tmp_path, *common)
+
+
 def test_joint_does_not_go_on_with_further_tasks(tmp_path):
     root, folder = tmp_path / "images", tmp_path / "run"
     common = ["method=joint", "dataset._target_=toy.growing", f"dataset.root={root}", "trainer.epochs=1"]
     grow(root, 4)
     run_toy(folder, *common, "dataset.num_tasks=2")
     grow(root, 6)
-    with pytest.raises(ValueError, match=r"holds a run over other tasks"):
+    with pytest.raises(ValueError, match=r"learned all its classes at once, so it cannot go on with more; choose another output_dir"):
         run_toy(folder, *common, "dataset.num_tasks=3")
 
 
@@ -577,6 +599,8 @@ def test_a_missing_device_is_named(tmp_path):
         (["dataset.num_tasks=7"], r"dataset.num_tasks=7 does not fit 6 classes; choose 1..6"),
         (["dataset.task_sizes=[2,2]"], r"dataset.task_sizes=\[2, 2\] adds up to 4; give positive numbers that add up to the 6 classes"),
         (["dataset.transform=blur"], "blur"),
+        (["+scheduler.milestones=[3]"], "scheduler.milestones is no setting of"),
+        (["+optimizer.momentum=0.9"], "optimizer.momentum is no setting of"),
         (["backbone.name=vit_toy"], "backbone.name=vit_toy does not say which weights; choose one of vit_toy.test"),
     ],
 )

@@ -92,6 +92,7 @@ def test_run_seed_moves_only_orders_that_say_so() -> None:
         ([0, 1, 2, 4], "every class id 0..3 once; the list has unknown 4, lacks 3"),
         (["a", 1, 2, 3], "the list has unknown a, lacks 0"),
         ([], "the list lacks 0, 1, 2, 3"),
+        ([[0, 1], [2, 3]], "must be one flat list of class ids; dataset.task_sizes says how many a task has"),
     ],
 )
 def test_bad_class_orders(spec: object, message: str) -> None:

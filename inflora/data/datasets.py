@@ -111,7 +111,7 @@ def cifar100(root: Path, *, split: str | None = None) -> Splits:
     """
     _only_split("cifar100", split)
     folder = _cifar100_folder(root)
-    if folder is None and (source := find_source(root, "cifar100", _train_and_test)) is not None:
+    if folder is None and (source := find_source(root, "cifar100", _train_and_test, lambda found: not _is_of_wnids(found))) is not None:
         splits = _from_train_test(source, "cifar100")
     else:
         splits = _read_cifar100(folder or _download_cifar100(root))
@@ -268,6 +268,7 @@ _IMAGENET_R_HASHES = {
     "coda": "524a3ebf6dac30228a30387443c2c30a21c483b6d0d3c57768f74edd60cfecc3",
 }
 _INFLORA_SPLIT_SEED = 40
+_WNID = re.compile(r"n\d{8}")
 
 
 def imagenet_r(root: Path, *, split: str) -> Splits:
@@ -288,8 +289,8 @@ def imagenet_r(root: Path, *, split: str) -> Splits:
     """
     if re.fullmatch(r"inflora|coda|folders|stratified:\d+", str(split)) is None:
         raise ValueError(f"dataset.split={split} is unknown; choose inflora, coda, folders or stratified:<seed>")
-    source = find_source(root, "imagenetr", _train_and_test if split == "folders" else _imagenet_r_folders)
-    if source is None or not source.paths:
+    source = find_source(root, "imagenetr", _train_and_test if split == "folders" else _imagenet_r_folders, _is_of_wnids)
+    if source is None:
         wanted = "train/<wnid>/* and test/<wnid>/*" if split == "folders" else "imagenet-r/<wnid>/*"
         raise FileNotFoundError(
             f"ImageNet-R is not in {root.resolve()}.\n"
@@ -323,7 +324,12 @@ def imagenet_r(root: Path, *, split: str) -> Splits:
 
 
 def _imagenet_r_folders(folders: set[str]) -> list[str]:
-    return sorted(name for name in folders if re.fullmatch(r"n\d{8}", name)) or _train_and_test(folders)
+    return sorted(name for name in folders if _WNID.fullmatch(name)) or _train_and_test(folders)
+
+
+def _is_of_wnids(source: Source) -> bool:
+    """Whether the classes are called as ImageNet's are: data sets that lie in one folder are told apart by that."""
+    return bool(source.paths) and all(_WNID.fullmatch(path.split("/")[-2]) for path in source.paths)
 
 
 def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:

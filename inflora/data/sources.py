@@ -102,7 +102,7 @@ def _open_tar(location: Path) -> _Archive:
     return _Archive(list(places), read)
 
 
-def find_source(root: Path, name: str, accept: Accept) -> Source | None:
+def find_source(root: Path, name: str, accept: Accept, belongs: Callable[[Source], bool] = lambda source: True) -> Source | None:
     """The first place in `root` where `accept` finds the data set.
 
     Looked at, in this order: `root` itself; its folders called like `name` (case, "-" and "_" aside); its archives (.zip, .tar) called
@@ -119,7 +119,7 @@ def find_source(root: Path, name: str, accept: Accept) -> Source | None:
                 raise
             log.warning("%s", error)  # perhaps something else that lies beside the data set, half downloaded
             continue
-        if source is not None:
+        if source is not None and belongs(source):
             return source
     return None
 

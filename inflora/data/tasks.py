@@ -70,6 +70,8 @@ def parse_class_order(spec: str | Sequence[int], num_classes: int, seed: int) ->
 
 
 def _check_permutation(order: list[int], num_classes: int) -> list[int]:
+    if any(isinstance(class_id, list) for class_id in order):
+        raise ValueError("dataset.class_order must be one flat list of class ids; dataset.task_sizes says how many a task has")
     allowed = set(range(num_classes))
     faults = {
         "has unknown": [class_id for class_id in order if class_id not in allowed],

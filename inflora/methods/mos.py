@@ -65,7 +65,9 @@ class MOS(AdapterSetMethod):
         if retrieval_steps < 1:
             raise ValueError(f"method.retrieval_steps={retrieval_steps} is below 1; choose 1 or more")
         self.momentum, self.contrast, self.retrieval_steps = momentum, contrast, retrieval_steps
-        self.alignment = ClassifierAlignment(self.heads.embed_dim, temperature=None, mean_scale=1.0, restore=False, **alignment)
+        self.alignment = ClassifierAlignment(
+            self.heads.embed_dim, temperature=None, mean_scale=1.0, restore=False, key="method.alignment", **alignment
+        )
         self.prototypes = Prototypes(self.heads.embed_dim)
         self._older: list[Tensor] | None = None
 

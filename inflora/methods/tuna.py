@@ -75,7 +75,7 @@ class TUNA(AdapterSetMethod):
         self.margin, self.orthogonality = margin, orthogonality
         self.add_set()  # the universal one
         self.heads = CosineHeads(self.heads.embed_dim, scale)
-        self.alignment = ClassifierAlignment(self.heads.embed_dim, temperature=None, restore=False, **alignment)
+        self.alignment = ClassifierAlignment(self.heads.embed_dim, temperature=None, restore=False, key="method.alignment", **alignment)
 
     @property
     def num_task_sets(self) -> int:

@@ -47,20 +47,21 @@ class ClassifierAlignment(GrowingBuffers):
         mean_scale: float,
         covariance: Literal["full", "shared", "diag"],
         restore: bool,
+        key: str = "alignment",
     ) -> None:
         super().__init__()
-        for key, value in (("epochs", epochs), ("samples_per_class", samples_per_class)):
+        for name, value in (("epochs", epochs), ("samples_per_class", samples_per_class)):
             if value < 1:
-                raise ValueError(f"alignment.{key}={value} is too small; choose 1 or more")
-        for key, value in (("lr", lr), ("temperature", temperature)):
+                raise ValueError(f"{key}.{name}={value} is too small; choose 1 or more")
+        for name, value in (("lr", lr), ("temperature", temperature)):
             if value is not None and value <= 0:
-                raise ValueError(f"alignment.{key}={value} is too small; choose more than 0")
-        for key, value in (("momentum", momentum), ("mean_scale", mean_scale)):
+                raise ValueError(f"{key}.{name}={value} is too small; choose more than 0")
+        for name, value in (("momentum", momentum), ("mean_scale", mean_scale)):
             if not 0 <= value <= 1:
-                raise ValueError(f"alignment.{key}={value} is out of range; choose a number from 0 to 1")
+                raise ValueError(f"{key}.{name}={value} is out of range; choose a number from 0 to 1")
         if weight_decay < 0:
-            raise ValueError(f"alignment.weight_decay={weight_decay} is too small; choose 0 or more")
-        self.statistics = ClassStatistics(dim, covariance=covariance, key="alignment.covariance")
+            raise ValueError(f"{key}.weight_decay={weight_decay} is too small; choose 0 or more")
+        self.statistics = ClassStatistics(dim, covariance=covariance, key=f"{key}.covariance")
         self.epochs, self.samples_per_class = epochs, samples_per_class
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.temperature, self.mean_scale, self.restore = temperature, mean_scale, restore
