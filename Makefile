@@ -7,11 +7,17 @@ PY := .venv/bin/python
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
+# An interpreter that no longer starts, after an upgrade of the system say, is set up anew.
+ifeq ($(shell $(PY) -c 'print("starts")' 2>/dev/null),)
+$(shell rm -f .venv/*.stamp)
+endif
+
 # One stamp for each requirements file: set-up runs once, and again only when the pinned versions change.
 .venv/run.stamp: requirements.txt
-	@$(PY) -c "import sys, pip; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
+	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
 		$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed; say where it is: make PYTHON=python3.12' if sys.version_info < (3, 11) else 0)" \
 		&& $(PYTHON) -m venv --clear .venv; }
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip --default-pip
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

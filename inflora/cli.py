@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -182,12 +183,9 @@ class Job:
             run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config)))
         except (Interrupted, KeyboardInterrupt) as stop:
             saved = "everything so far is saved" if isinstance(stop, Interrupted) else "what the last checkpoint holds is saved"
-            overrides = [override for override in hydra_config.overrides.task if not override.startswith(("output_dir=", "resume="))]
-            command = shlex.join([*_program(), f"output_dir={cfg.output_dir}", *overrides])
-            if hydra_config.mode == RunMode.MULTIRUN:
-                command = "the same command"
-            elif started is not None:
-                command = f"the same command, with {shlex.quote(f'output_dir={cfg.output_dir}')}"
+            command = "the same command"
+            if hydra_config.mode == RunMode.RUN:
+                command = _continuing(cfg.output_dir, hydra_config.overrides.task, is_launched=started is not None)
             if started is None or started.rank == 0:
                 Console(stderr=True).print(f"Stopped; {saved}. To continue:\n  {_escape(command)}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_STOPPED)
@@ -210,16 +208,25 @@ class Job:
         sys.exit(EXIT_FAULT)
 
 
+def _continuing(folder: str, overrides: Sequence[str], *, is_launched: bool) -> str:
+    """The command that goes on in a run's folder; torchrun's or srun's own part of it cannot be known."""
+    others = [override for override in overrides if not override.startswith(("output_dir=", "resume="))]
+    if not is_launched:
+        return shlex.join([*_program(), f"output_dir={folder}", *others])
+    changes = [f"output_dir={folder}", *(["resume=auto"] if any(override.startswith("resume=") for override in overrides) else [])]
+    return f"the same command, with {shlex.join(changes)}"
+
+
 def _program() -> list[str]:
     """How this program was called: by a script and the interpreter it needs, or by the command that comes with the package."""
     script = sys.argv[0]
     if not script.endswith(".py"):
         return [os.path.basename(script)]
-    found, own = shutil.which("python"), sys.executable
-    if found is not None and os.path.dirname(found) == os.path.dirname(own):  # an environment's interpreter is a link to another one's
+    found, own = shutil.which("python"), Path(sys.executable)
+    # The folder too: an environment's interpreter is a link to another one's.
+    if found is not None and Path(found).parent == own.parent and os.path.samefile(found, own):
         return ["python", script]
-    inside = os.path.relpath(own)
-    return [own if inside.startswith(os.pardir) else inside, script]
+    return [str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own), script]
 
 
 def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora import config as configuration
-from inflora.run import USER_ERRORS, build, finished_run, is_cpu, last_run_event, load_trained, make_fabric
+from inflora.run import USER_ERRORS, build, finished_run, is_cpu, last_run_event, load_images, load_trained, make_fabric
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 
@@ -48,10 +48,11 @@ def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[n
         plain["trainer"]["precision"] = "32"  # what a CPU has
     fabric = make_fabric(plain["trainer"])
     fabric.launch()
-    parts = build(fabric, plain)
     trained = last_run_event(folder)
-    if trained is not None and trained["tasks"] != [task.class_names for task in parts.sequence.tasks]:
+    classes = sorted(load_images(plain["dataset"]).class_names)
+    if trained is not None and classes != sorted(name for task in trained["tasks"] for name in task):
         raise ValueError(f"dataset.root={plain['dataset']['root']} has other classes than {folder} was trained on; test on the same ones")
+    parts = build(fabric, plain)
     load_trained(parts.method, folder)
     last = parts.sequence[len(parts.sequence) - 1]
     rates = evaluate(parts.method, parts.sequence.seen(last), parts.sequence.class_to_task, fabric)

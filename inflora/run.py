@@ -313,22 +313,17 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     data = plain["dataset"]
     if plain["trainer"]["compile"] and fabric.device.type == "mps":
         raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
-
     configuration.check_arguments("dataset", {"_target_": data["_target_"]})
     configuration.check_arguments("dataset.options", {"_target_": data["_target_"], **data["options"]})
-
-    def load_images() -> Splits:
-        return get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
-
     try:
         backbone, method = build_method(fabric, plain)
     except FileNotFoundError:
-        load_images()  # where both are missing, the images are the larger errand: say that first
+        load_images(data)  # where both are missing, the images are the larger errand: say that first
         raise
     # Whatever can fail without images comes before them: decoding may take minutes.
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
     transforms = build_transforms(data["transform"], backbone.image_size, mean, std)
-    splits = load_images()
+    splits = load_images(data)
     sequence = TaskSequence(
         splits,
         class_order=parse_class_order(data["class_order"], len(splits.class_names), plain["seed"]),
@@ -353,6 +348,11 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     if plain["trainer"]["compile"]:
         method.backbone.compile()
     return Parts(fabric, sequence, backbone, method)
+
+
+def load_images(data: dict[str, Any]) -> Splits:
+    """The images of a resolved `dataset` group."""
+    return get_method(data["_target_"])(Path(data["root"]).expanduser(), split=data["split"], **data["options"])
 
 
 def build_method(fabric: Fabric, plain: dict[str, Any]) -> tuple[Backbone, Method]:
@@ -404,7 +404,7 @@ def _check_begun(folder: Path, parts: Parts) -> None:
     old = last_run_event(folder)
     if old is None:
         return
-    if old["weights"]["tensors_sha256"] != parts.backbone.weights["tensors_sha256"]:
+    if old["weights"]["source"] != "random" and old["weights"]["sha256"] != parts.backbone.weights["sha256"]:
         raise ValueError(
             f"output_dir={folder} holds a run that began with other weights of {parts.backbone.tag}, whose file has changed since; "
             "choose another output_dir"

@@ -218,6 +218,20 @@ def scores(method: Method, x: Tensor) -> Tensor:
         return method.predict(x)
 
 
+def layer_inputs(model: Any, names: list[str], batches: Any) -> dict[str, Tensor]:
+    """name -> (tokens, D) float64: everything that comes into these layers."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0])) for name in names
+    ]
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).flatten(0, 1).double() for name, parts in seen.items()}
+
+
 def tensors(method: Method) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in method.state_dict()["tensors"].items()}
 

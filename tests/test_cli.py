@@ -22,7 +22,7 @@ from PIL import Image
 
 from inflora import plugins
 from inflora.checkpoint import lock_run
-from inflora.cli import _program
+from inflora.cli import _continuing, _program
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -428,8 +428,14 @@ def test_the_command_names_the_interpreter_that_has_the_packages(tmp_path: Path,
     assert _program() == [str(own), "train.py"]
     monkeypatch.setenv("PATH", f"{own.parent}:{other.parent}")  # as `source .venv/bin/activate` sets it
     assert _program() == ["python", "train.py"]
+    newer = own.with_name("python3.99")
+    newer.write_text("#!/bin/sh\n")
+    monkeypatch.setattr(sys, "executable", str(newer))
+    assert _program() == [str(newer), "train.py"], "another one in the same folder"
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/inflora-train"])
     assert _program() == ["inflora-train"]
+    assert _continuing("a b", ["resume=never", "seed=1"], is_launched=False) == "inflora-train 'output_dir=a b' seed=1"
+    assert _continuing("a b", ["resume=never", "seed=1"], is_launched=True) == "the same command, with 'output_dir=a b' resume=auto"
 
 
 @pytest.mark.parametrize("name", ["seed=0", "it's (1)", "a=b,c=d", "a,b", "~x", "a\\b=1", "ä b"])

@@ -66,6 +66,13 @@ def test_lae_offline_module_is_the_moving_average_of_all_steps(variant):
         assert not torch.equal(method.offline.tensors[name], method.online[name])
 
 
+def test_lae_heads_start_small():
+    method = lae()
+    Fit(method, toy.sequence(1, num_classes=60)[0]).begin()
+    assert 8e-4 < method.heads.current.weight.std() < 1.2e-3
+    assert not method.heads.current.bias.any()
+
+
 def test_lae_offline_module_stays_while_the_online_one_is_frozen():
     method = lae(freeze_epochs=2)
     tasks = list(toy.sequence())
@@ -495,6 +502,38 @@ def test_tuna_aligns_directions_of_all_heads_from_the_second_task_on():
     learn(method, tasks[1:2], epochs=2)
     assert not torch.equal(method.heads.heads[0].weight, first)  # type: ignore[arg-type, union-attr]
     assert method.alignment.losses[-1] < method.alignment.losses[0]
+
+
+@pytest.mark.parametrize("make, newest", [(lambda: mos(), 1), (lambda: tuna(), 2)])
+def test_alignment_draws_all_classes_seen_from_their_features_and_scores_as_the_heads_do(make, newest, monkeypatch):
+    method, tasks = make(), list(toy.sequence())
+    learn(method, tasks[:1], epochs=2)
+    asked = []
+
+    def fit(parameters: Any, score: Any, sizes: list[int]) -> list[Tensor]:
+        assert sizes == [2, 2] and (method.alignment.statistics.counts > 0).tolist() == [True] * 4
+        with torch.no_grad():
+            torch.testing.assert_close(score(features := torch.randn(5, toy.EMBED_DIM)), method.heads(features))
+        asked.append(score)
+        return [parameter.detach() for parameter in parameters]
+
+    monkeypatch.setattr(method.alignment, "fit", fit)
+    learn(method, tasks[1:2], epochs=2)
+    assert len(asked) == 1
+    batches = list(tasks[1].batches("test", stream="any"))
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    for label in (2, 3):
+        with torch.no_grad(), adapters.active(method.backbone, newest):
+            torch.testing.assert_close(method.alignment.statistics.means[label], method.features(x[y == label]).mean(0))
+
+
+@pytest.mark.parametrize("name", ["aper", "ease", "mos", "ranpac", "tuna"])
+def test_adapters_have_the_scale_and_dropout_that_were_set(name):
+    method = build([f"method={name}", "method.adapter_scale=0.7", "method.dropout=0.3"])
+    Fit(method, toy.sequence()[0]).begin()
+    found = [module for module in method.modules() if isinstance(module, adapters.Adapter)]
+    assert found
+    assert {(module.scale, module.dropout.p) for module in found} == {(0.7, 0.3)}
 
 
 @pytest.mark.parametrize(

@@ -253,11 +253,12 @@ def test_what_is_not_as_recorded_is_said(tmp_path: Path, capsys: pytest.CaptureF
         assert capsys.readouterr().out.endswith(words)
 
 
-def test_images_of_other_classes_are_no_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("sizes", ["dataset.num_tasks=2", "dataset.task_sizes=[2,2]"])
+def test_images_of_other_classes_are_no_test(sizes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = tmp_path / "images"
     root.mkdir()
     (root / "num_classes").write_text("4")
-    options = ["dataset._target_=toy.growing", f"dataset.root={root}", "dataset.num_tasks=2", "trainer.epochs=1"]
+    options = ["dataset._target_=toy.growing", f"dataset.root={root}", sizes, "trainer.epochs=1"]
     run_toy(tmp_path / "run", "method=linear_probe", *options)
     (root / "num_classes").write_text("6")
     capsys.readouterr()

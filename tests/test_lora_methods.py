@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import toy
-from learning import Fit, build, learn, scores, test_images
+from learning import Fit, build, layer_inputs, learn, scores, test_images
 from torch import Tensor
 
 from inflora import lora
@@ -35,20 +35,6 @@ def begun(name: str, *overrides: str, task: int = 1, epochs: int = 2) -> LowRank
 def weights(method: LowRankMethod) -> dict[str, Tensor]:
     """What the adapted layers multiply their inputs with."""
     return {name: lora.effective_weight(method.backbone.get_submodule(name)) for name in method.targets}  # type: ignore[arg-type]
-
-
-def layer_inputs(model: Any, names: list[str], batches: Any) -> dict[str, Tensor]:
-    """name -> (tokens, D) float64: everything that comes into these layers."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0])) for name in names
-    ]
-    with torch.no_grad():
-        for x, _ in batches:
-            model(x)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts).flatten(0, 1).double() for name, parts in seen.items()}
 
 
 def refused(message: str, *overrides: str) -> None:
@@ -226,6 +212,13 @@ def test_o_lora_shorter_rows_lower_the_overlap_unless_it_is_normalised():
             for branch in method.branches.values():
                 branch.lora_A *= 0.1
         assert method.overlaps().item() == pytest.approx(factor * before, rel=1e-4)
+
+
+def test_o_lora_adds_the_weighted_overlap():
+    method: Any = begun("o_lora", "method.penalty=0.3")
+    x, y = next(iter(toy.sequence()[1].batches("test", stream="any")))
+    expected = method.local_cross_entropy(method.features(x), y) + 0.3 * method.overlaps()
+    torch.testing.assert_close(method.loss(x, y), expected)
 
 
 def test_o_lora_adds_the_norms_of_the_new_factors():

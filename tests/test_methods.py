@@ -18,6 +18,7 @@ from learning import (
     build,
     changed,
     heads_apart,
+    layer_inputs,
     learn,
     scores,
     sequence_for,
@@ -36,6 +37,7 @@ from inflora.methods.sequential import Sequential
 from inflora.methods.sequential_full import SequentialFull
 from inflora.results import count_numbers
 from inflora.seeding import seed_everything
+from inflora.subspace import DualGPM, design_branch, threshold_at
 from inflora.trainer import trainable_groups
 
 
@@ -428,6 +430,39 @@ def test_inflora_designs_orthogonally_to_what_it_protects():
                 assert (A @ protected[name]).abs().max() < 1e-5
         Fit(method, task).train().end()
     assert all(memory.dimension > 0 for memory in method.memory.values())
+
+
+@pytest.mark.parametrize("energy, decomposition", [("gram", "PC"), ("input", "PC"), ("input", "PCP")])
+def test_inflora_is_the_algorithm_of_the_paper(energy, decomposition):
+    """Algorithm 1 over three tasks: C with the weights before the task designs the branch, C with those after it grows the memory."""
+    method = build(["method=inflora", f"method.energy={energy}", f"method.decomposition={decomposition}", "method.threshold=0.7"])
+    assert isinstance(method, InfLoRA)
+    memories = {name: DualGPM(toy.EMBED_DIM, energy=energy, dual=True) for name in method.targets}
+
+    def moments(stream: str) -> dict[str, Tensor]:
+        inputs = layer_inputs(method.backbone, method.targets, task.batches("train", stream=stream))
+        return {name: X.T @ X for name, X in inputs.items()}
+
+    for task in toy.sequence():
+        fit = Fit(method, task).begin()
+        before = moments("moments_before")
+        for name, branch in method.branches.items():
+            rows = design_branch(before[name], memories[name], 2, decomposition=decomposition, scale=1.0)
+            assert (projector(branch.lora_A.double().T) - projector(rows.double().T)).norm() < 1e-3
+        fit.train(epochs=3, lr=3e-2)
+        after = moments("moments_after")
+        for name, memory in memories.items():
+            assert (after[name] - before[name]).norm() > 1e-3 * before[name].norm() or name == method.targets[0]
+            memory.update(after[name], threshold_at(task.index, 3, 0.7, 1.0))
+        fit.end()
+        for name, memory in memories.items():
+            assert (method.memory[name].kind, method.memory[name].dimension) == (memory.kind, memory.dimension)
+            assert (projector(method.memory[name].basis) - projector(memory.basis)).norm() < 1e-3
+
+
+def projector(columns: Tensor) -> Tensor:
+    q = torch.linalg.qr(columns.double()).Q
+    return q @ q.T
 
 
 def test_inflora_leaves_what_it_protects_unchanged():

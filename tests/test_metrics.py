@@ -63,6 +63,15 @@ def test_worked_example():
     assert summary["new_class_accuracy_curve"] == pytest.approx([90, 85, 95])
 
 
+def test_rates_with_the_task_given_and_found_are_of_their_own_matrices_and_of_images():
+    task_aware, task_id = worked_example() / 2, worked_example() / 4
+    summary = summarize(worked_example(), task_aware, task_id, [100, 200, 100])
+    assert summary["task_aware_accuracy_curve"] == pytest.approx([45, 125 / 3, 78.75 / 2])
+    assert summary["task_id_accuracy_curve"] == pytest.approx([22.5, 62.5 / 3, 78.75 / 4])
+    assert summary["task_aware_accuracy"] == pytest.approx(78.75 / 2)
+    assert summary["task_id_accuracy"] == pytest.approx(78.75 / 4)
+
+
 @given(num_tasks=st.integers(2, 9), seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=60)
 def test_agrees_with_slow_loops_on_uneven_test_sets(num_tasks: int, seed: int):

@@ -252,16 +252,20 @@ def test_other_data_or_weights_are_another_section(tmp_path: Path, difference: d
     assert [group.label for section in sections for group in section.groups] == ["inflora", "sequential"]
 
 
-def test_own_data_sets_are_called_by_their_folders(tmp_path: Path):
+@pytest.mark.parametrize(
+    "different, titles",
+    [
+        ("train_hash", ("(images=flowers)", "(images=birds)")),
+        ("weights_sha256", ("(weights_sha256=000000000000)", "(weights_sha256=111111111111)")),
+    ],
+)
+def test_own_data_sets_are_called_by_their_folders(different: str, titles: tuple[str, str], tmp_path: Path):
     for number, name in enumerate(("flowers", "birds")):
-        run = write_run(tmp_path / name, changes={"dataset": "imagefolder", "train_hash": f"{number}" * 64})
+        run = write_run(tmp_path / name, changes={"dataset": "imagefolder", different: f"{number}" * 64})
         config = yaml.safe_load((run / "config.yaml").read_text())
         config["dataset"]["root"] = f"data/{name}"
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert {section.title for section in report.load([tmp_path]).sections} == {
-        "imagefolder, vit_micro (images=flowers)",
-        "imagefolder, vit_micro (images=birds)",
-    }
+    assert {section.title for section in report.load([tmp_path]).sections} == {f"imagefolder, vit_micro {title}" for title in titles}
 
 
 def test_other_training_images_are_no_repetition(tmp_path: Path):
@@ -298,7 +302,7 @@ def test_a_continued_sequence_is_no_repetition_of_one_planned_whole(tmp_path: Pa
     (section,) = report.load([tmp_path]).sections
     assert {group.label: len(group.runs) for group in section.groups} == {
         "inflora (planned_tasks=2, 5)": 1,
-        "inflora (planned_tasks=absent)": 2,
+        "inflora (planned_tasks=5)": 2,
     }
 
 

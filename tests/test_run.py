@@ -400,7 +400,7 @@ def test_a_run_does_not_go_on_with_other_weights(tmp_path):
     run_toy(tmp_path, *common)
     (tmp_path / "summary.json").unlink()
     events = read_events(tmp_path)
-    events[0]["weights"]["tensors_sha256"] = "0" * 64
+    events[0]["weights"] |= {"source": "package", "sha256": "0" * 64}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     with pytest.raises(
         ValueError, match=r"holds a run that began with other weights of vit_toy.test, whose file has changed since; choose"

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +94,51 @@ def test_several_losses_a_batch_are_as_many_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.TwoSteps, "after_step", lambda self: steps.append(self.task.index))
     run_toy(tmp_path, *PROBE, "method._target_=toy.TwoSteps", "trainer.epochs=1")
     assert steps == [0] * 6 + [1] * 6
+
+
+class Stepping(toy.TwoSteps):
+    """Holds the trainer to a step between each loss and what comes after the step."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+        for loss in super().loss(x, y):
+            self.before = self.heads.current.weight.detach().clone()
+            yield loss
+
+    def after_step(self) -> None:
+        assert not torch.equal(self.before, self.heads.current.weight)
+        self.before = self.heads.current.weight.detach().clone()
+        CALLS.append("step")
+
+
+def test_after_a_step_the_weights_have_moved(tmp_path):
+    CALLS.clear()
+    run_toy(tmp_path, *PROBE, "method._target_=test_trainer.Stepping", "trainer.epochs=1")
+    assert CALLS == ["step"] * 12
+
+
+def test_everything_that_draws_has_a_seed_of_its_own(tmp_path, monkeypatch):
+    drawn = []
+    original = trainer.seed_everything
+    monkeypatch.setattr(trainer, "seed_everything", lambda *keys: drawn.append(keys) or original(*keys))
+    run_toy(tmp_path, *PROBE, "seed=3")
+    assert drawn == [
+        keys
+        for task in range(2)
+        for keys in [
+            (3, "begin", task),
+            *(keys for epoch in range(2) for keys in [(3, "fit", task, epoch), *((3, "fit", task, epoch, step) for step in range(3))]),
+            (3, "end", task),
+        ]
+    ]
+
+
+def test_interference_counts_what_the_beginning_of_a_task_changes(tmp_path, monkeypatch):
+    calls = []
+    for owner, name in ((trainer.InterferenceProbe, "before"), (LinearProbe, "begin_task")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name, original=original: calls.append(name) or original(*args))
+    run_toy(tmp_path, *PROBE, "trainer.epochs=1")
+    assert calls == ["before", "begin_task"] * 2
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -194,12 +239,11 @@ def test_a_batch_in_parts_is_the_same_step(target, tmp_path):
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
-def test_training_as_written_by_hand(tmp_path):
+@pytest.mark.parametrize("target, steps", [("inflora.methods.linear_probe.LinearProbe", 1), ("toy.TwoSteps", 2)])
+def test_training_as_written_by_hand(target, steps, tmp_path):
     """The whole loop against ten lines of plain torch."""
-    folder = tmp_path / "run"
-    run_toy(
-        folder, "method=linear_probe", "dataset.num_tasks=1", "trainer.epochs=3", "optimizer=sgd", "optimizer.lr=0.1", "scheduler=constant"
-    )
+    folder, method = tmp_path / "run", ["method=linear_probe", f"method._target_={target}"]
+    run_toy(folder, *method, "dataset.num_tasks=1", "trainer.epochs=3", "optimizer=sgd", "optimizer.lr=0.1", "scheduler=constant")
     state = checkpoint.CheckpointFolder(folder / "checkpoints").latest()
     start = checkpoint.load(folder / "checkpoints" / "base.safetensors")
     assert state is not None
@@ -217,10 +261,11 @@ def test_training_as_written_by_hand(tmp_path):
         for x, y in task.batches("train", stream="fit", epoch=epoch):
             with torch.no_grad():
                 features = vit(x)
-            loss = nn.functional.cross_entropy(head(features), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            for _ in range(steps):
+                loss = nn.functional.cross_entropy(head(features), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
             losses[-1].append(loss.item())
     torch.testing.assert_close(state["method"]["tensors"]["heads.heads.0.weight"], head.weight.detach())
     found = [event["loss"] for event in read_events(folder, "epoch")]

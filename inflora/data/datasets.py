@@ -329,7 +329,7 @@ def _imagenet_r_folders(folders: set[str]) -> list[str]:
 
 def _is_of_wnids(source: Source) -> bool:
     """Whether the classes are called as ImageNet's are: data sets that lie in one folder are told apart by that."""
-    return bool(source.paths) and all(_WNID.fullmatch(path.split("/")[-2]) for path in source.paths)
+    return any(_WNID.fullmatch(folder) for path in source.paths for folder in path.split("/")[:-1])
 
 
 def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:

@@ -108,6 +108,9 @@ def find_source(root: Path, name: str, accept: Accept, belongs: Callable[[Source
     Looked at, in this order: `root` itself; its folders called like `name` (case, "-" and "_" aside); its archives (.zip, .tar) called
     so, or its only archive. In an archive one leading folder is skipped. With `name=""` an only folder is looked into as well.
 
+    Args:
+        belongs: whether the images found are the data set's; the search goes on where they are not.
+
     Raises:
         ValueError: if an archive cannot be read that was named, here or by the user.
     """

@@ -93,7 +93,8 @@ class OLoRA(LowRankMethod):
     def end_task(self, task: Task) -> None:
         new = self.new_A()
         if self.old_A.shape[2]:
-            cosines = F.normalize(self.old_A, dim=-1) @ F.normalize(new, dim=-1).mT
+            with torch.autocast(self.device.type, enabled=False):
+                cosines = F.normalize(self.old_A, dim=-1) @ F.normalize(new, dim=-1).mT
             self.mean_overlap = cosines.abs().mean().item()
         self.old_A = torch.cat([self.old_A, new], dim=2)
         super().end_task(task)

@@ -151,7 +151,8 @@ def _titles(by_data: list[tuple[dict[str, str], list[Run]]]) -> list[str]:
     for data, _ in by_data:
         same_name = [part for part in by_data if (part[0]["dataset"], part[0]["backbone"]) == (data["dataset"], data["backbone"])]
         settings = [{key: value for key, value in other.items() if key not in _HASHES} for other, _ in same_name]
-        folders = [{"images": Path(members[0].root).name} for _, members in same_name]
+        has_other_images = len({(other.get("test_hash"), other.get("train_hash")) for other, _ in same_name}) > 1
+        folders = [{"images": Path(members[0].root).name or members[0].root} if has_other_images else {} for _, members in same_name]
         shown: list[dict[str, str]] = [{} for _ in same_name]
         for more in (settings, folders, [other for other, _ in same_name]):
             shown = [known | further for known, further in zip(shown, more, strict=True)]

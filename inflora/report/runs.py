@@ -35,8 +35,8 @@ class Run:
     Attributes:
         path: the folder, as the user named it.
         summary: summary.json; accuracies in percent.
-        settings: config.yaml, flat ("trainer.epochs": "5"), without the keys of `NOT_PART_OF_THE_EXPERIMENT`; of a sequence continued
-            with further tasks also the numbers of tasks it was planned for, which some methods depend on.
+        settings: config.yaml, flat ("trainer.epochs": "5"), without the keys of `NOT_PART_OF_THE_EXPERIMENT`; and
+            `planned_tasks`, on which some methods depend: several for a sequence that was continued.
         root: where its images were.
         accuracy: (T, T) percent, nan where not measured.
     """
@@ -103,10 +103,9 @@ def read_run(path: Path) -> Run:
         shape = " x ".join(map(str, accuracy.shape))
         raise ValueError(f"{path} has {summary['num_tasks']} tasks but an accuracy_matrix.csv of {shape}: left out.")
     settings = _settings(config)
-    planned = list(dict.fromkeys(part["num_tasks"] for part in summary.get("history", [])))
-    if len(planned) > 1:
-        settings["planned_tasks"] = ", ".join(map(str, planned))
-    return Run(path, summary, settings, config["dataset"]["root"], accuracy)
+    planned = dict.fromkeys(part["num_tasks"] for part in summary.get("history", [summary]))
+    settings["planned_tasks"] = ", ".join(map(str, planned))
+    return Run(path, summary, settings, config["dataset"].get("root", ""), accuracy)
 
 
 def _run_folders(folder: Path) -> list[Path]:
