@@ -255,7 +255,7 @@ def test_training_as_written_by_hand(target, steps, tmp_path):
     seed_everything(0, "begin", 0)
     head = nn.Linear(toy.EMBED_DIM, 6)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
-    losses = []
+    losses, last = [], 0.0
     for epoch in range(3):
         losses.append([])
         for x, y in task.batches("train", stream="fit", epoch=epoch):
@@ -266,7 +266,8 @@ def test_training_as_written_by_hand(target, steps, tmp_path):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            losses[-1].append(loss.item())
+                last = loss.item()
+            losses[-1].append(last)
     torch.testing.assert_close(state["method"]["tensors"]["heads.heads.0.weight"], head.weight.detach())
     found = [event["loss"] for event in read_events(folder, "epoch")]
     assert found == pytest.approx([np.mean(epoch) for epoch in losses], rel=1e-4)
