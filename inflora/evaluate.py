@@ -49,10 +49,10 @@ def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[n
     fabric = make_fabric(plain["trainer"])
     fabric.launch()
     trained = last_run_event(folder)
-    classes = sorted(load_images(plain["dataset"]).class_names)
-    if trained is not None and classes != sorted(name for task in trained["tasks"] for name in task):
+    splits = load_images(plain["dataset"])
+    if trained is not None and sorted(splits.class_names) != sorted(name for task in trained["tasks"] for name in task):
         raise ValueError(f"dataset.root={plain['dataset']['root']} has other classes than {folder} was trained on; test on the same ones")
-    parts = build(fabric, plain)
+    parts = build(fabric, plain, splits)
     load_trained(parts.method, folder)
     last = parts.sequence[len(parts.sequence) - 1]
     rates = evaluate(parts.method, parts.sequence.seen(last), parts.sequence.class_to_task, fabric)

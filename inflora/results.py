@@ -141,7 +141,7 @@ def summary(
         "weights": backbone.weights,
         "weights_sha256": backbone.weights["sha256"] or backbone.weights["tensors_sha256"],
         "versions": package_versions(),
-        **{name: value for name, value in records.history[-1].items() if name != "num_tasks"},
+        **records.history[-1],
         "history": records.history,
     }
 

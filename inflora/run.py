@@ -308,8 +308,8 @@ def _instantiate(group: str, config: dict[str, Any], *arguments: Any, **keywords
         raise
 
 
-def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
-    """Load the data, the backbone and the method of a resolved configuration."""
+def build(fabric: Fabric, plain: dict[str, Any], splits: Splits | None = None) -> Parts:
+    """Load the data, where `splits` does not bring it, the backbone and the method of a resolved configuration."""
     data = plain["dataset"]
     if plain["trainer"]["compile"] and fabric.device.type == "mps":
         raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
@@ -323,7 +323,7 @@ def build(fabric: Fabric, plain: dict[str, Any]) -> Parts:
     # Whatever can fail without images comes before them: decoding may take minutes.
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
     transforms = build_transforms(data["transform"], backbone.image_size, mean, std)
-    splits = load_images(data)
+    splits = load_images(data) if splits is None else splits
     sequence = TaskSequence(
         splits,
         class_order=parse_class_order(data["class_order"], len(splits.class_names), plain["seed"]),
