@@ -97,6 +97,17 @@ def angle(fast: Tensor, plain: Tensor) -> float:
     return sine.clamp(max=1).asin().item()
 
 
+def missed_energy(fast: Tensor, plain: Tensor, C: Tensor) -> float:
+    """Square root of the share by which the span of the rows of `fast` has less than that of `plain` of the energy of moments C (dim, dim).
+
+    Near the angle between the spans where it matters which directions they have; smaller where those that differ have nearly equal energy.
+    """
+    C = C.double().cpu()
+    found, best = (torch.linalg.qr(rows.double().cpu().mT).Q for rows in (fast, plain))
+    captured, available = (torch.linalg.vecdot(C @ Q, Q, dim=0).sum() for Q in (found, best))
+    return (1 - captured / available).clamp(min=0).sqrt().item()
+
+
 def kept_for_backward(loss: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes that a forward pass keeps for its backward pass, the model's own tensors not counted."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

@@ -118,7 +118,8 @@ def _class_token(block: Any, x: Tensor) -> Tensor:
     """(B, N, embed_dim) -> (B, 1, embed_dim): what `block` makes of the first token."""
     attention = block.attn
     heads = attention.qkv(block.norm1(x)).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, N, dim)
-    query, key, value = attention.q_norm(heads[0, :, :, :1]), attention.k_norm(heads[1]), heads[2]
+    query, key, value = heads.unbind(0)  # indexing one by one would fill and add three gradients as large as all of them
+    query, key = attention.q_norm(query[:, :, :1]), attention.k_norm(key)
     if attention.fused_attn:
         found = F.scaled_dot_product_attention(query, key, value, dropout_p=attention.attn_drop.p if attention.training else 0.0)
     else:

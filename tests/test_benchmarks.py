@@ -10,9 +10,10 @@ import toy  # noqa: F401  (makes timm know vit_toy.test)
 from benchmarks import reference
 from benchmarks.__main__ import main
 from benchmarks.pairs import BACKBONES, Bench, Sizes
-from benchmarks.timing import Disagreement, angle, compare, kept_for_backward
+from benchmarks.timing import Disagreement, angle, compare, kept_for_backward, missed_energy
 from inflora import lora
-from inflora.subspace import DualGPM
+from inflora.methods import inflora
+from inflora.subspace import DualGPM, design_branch
 
 SMALL = Sizes(batch_size=4, images=4, tasks=2, epochs=1, turns=2, run_turns=1, learned=(1,), ranks=(), widths=(), width_image_size=0)
 
@@ -90,6 +91,14 @@ def test_a_memory_that_protects_too_much_is_noticed(monkeypatch):
         bench.subspace_row(0)
 
 
+def test_a_first_branch_in_other_directions_is_noticed(monkeypatch):
+    bench = small_bench()
+    bench.first_step_row()
+    monkeypatch.setattr(inflora, "design_branch", lambda C, *_, **__: design_branch(torch.eye(len(C)), DualGPM(len(C)), 10))
+    with pytest.raises(Disagreement, match="share of its energy that a branch misses"):
+        bench.first_step_row()
+
+
 def test_other_results_are_refused_and_so_is_nan():
     def difference(value: float):
         return compare("adding", lambda: value, lambda: 1.0, turns=1, measure="difference", distance=lambda a, b: abs(a - b), tolerance=0.5)
@@ -125,6 +134,15 @@ def test_angle_between_subspaces():
     assert angle(tilted, axes[:, :2]) == pytest.approx(0.1)
     assert angle(axes[:, [1, 0]] * -2, axes[:, :2]) < 1e-12
     assert angle(axes[:, :1], axes[:, :2]) == math.inf
+
+
+def test_energy_that_a_span_misses():
+    C = torch.diag(torch.tensor([8.0, 1.0, 1.0, 0.1]))
+    axes = torch.eye(4)
+    assert missed_energy(-3 * axes[[1, 0]], axes[:2], C) < 1e-7
+    assert missed_energy(axes[[0, 2]], axes[:2], C) < 1e-7  # another direction, as good
+    assert missed_energy(axes[[0, 3]], axes[:2], C) == pytest.approx((0.9 / 9) ** 0.5)
+    assert missed_energy(axes[[1, 2]], axes[:2], C) == pytest.approx((7 / 9) ** 0.5)
 
 
 def test_bytes_kept_for_backward_count_a_shared_tensor_once_and_no_weight():
