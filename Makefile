@@ -31,7 +31,7 @@ demo: .venv/run.stamp  ## set up, train InfLoRA on the embedded digits, print th
 test: .venv/dev.stamp  ## set up, run the tests (minutes, CPU)
 	$(PY) -m pytest
 
-test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command line; real images if $$INFLORA_TEST_DATA is set
+test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command line; real images if INFLORA_TEST_DATA is set
 	$(PY) -m pytest -m "slow or data"
 
 test-gpu: .venv/dev.stamp  ## the tests that need a CUDA device

@@ -2,8 +2,8 @@
 
 A checkpoint is a pair in one folder, written one after the other and each of them atomically:
 
-    000012-task_2.safetensors     the tensors; the nest they came from (dicts, lists, numbers ...) is JSON in the file's metadata
-    000012-task_2.json            the sha256 of the file above: the checkpoint exists from the moment this record does
+    000012-task2.safetensors     the tensors; the nest they came from (dicts, lists, numbers ...) is JSON in the file's metadata
+    000012-task2.json            the sha256 of the file above: the checkpoint exists from the moment this record does
 
 Nothing is pickled, so loading a checkpoint never executes code. `base.safetensors` holds the tensors a run starts from; the checkpoints
 of the run leave out every tensor that is still bit for bit the base's, which for most methods is nearly the whole backbone.

@@ -33,7 +33,7 @@ GROUPS = {
     "backbone": "the pretrained transformer",
     "optimizer": "steps",
     "scheduler": "learning rate over the epochs of a task",
-    "alignment": "what is done to the heads of any method after each task",
+    "alignment": "what is done to the heads of a method after each task but the first",
     "trainer": "epochs, batch size, device, precision",
     "tracker": "where numbers go, besides the run folder",
     "experiment": "prepared studies",
@@ -49,6 +49,8 @@ Trains one method on one task sequence. Without arguments: InfLoRA on the embedd
   python train.py dataset=cifar100_10task method=inflora       the published experiment
   python train.py -m seed=0,1,2 method=inflora,sequential      six runs; the same command again finishes what is missing
   python train.py output_dir=FOLDER ...                        continues the run in FOLDER, or prints its table if it is finished
+
+Installed as a package, `inflora-train` takes the place of `python train.py`.
 """
 
 FOOT = """\

@@ -116,7 +116,7 @@ AT_LEAST = {
 }
 
 
-ALL_KEYS = "`python train.py --cfg job` lists all keys"
+ALL_KEYS = "`--cfg job` lists all keys"
 
 
 class ConfigurationError(ValueError):

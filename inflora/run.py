@@ -63,7 +63,7 @@ class Origin:
 
     Attributes:
         names: the choices made: `dataset`, `method`, `backbone`.
-        applied_files: the recipe and tuning files that went into it, as `recipe/cifar100_10task_inflora`.
+        applied_files: the recipe, inputs and tuning files that went into it, as `recipe/cifar100_10task_inflora`.
         hydra_files: file name -> content for `.hydra/`.
     """
 
@@ -439,7 +439,7 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     found = read_summary(folder)
     if found is None:
-        raise ValueError(f"{folder} holds no finished run (no summary.json); finish it with `python train.py output_dir={folder} ...`")
+        raise ValueError(f"{folder} holds no finished run (no summary.json); give its command again, with output_dir={folder}")
     return found, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
 
 

@@ -215,7 +215,7 @@ def _not_installed(package: str) -> ValueError:
 
 
 def numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """The numbers of nested values as ("task/last_accuracy", 81.5). Lists, texts, booleans and nulls are left to `metrics.jsonl`."""
+    """The numbers of nested values as ("task/accuracy", 81.5). Lists, texts, booleans and nulls are left to `metrics.jsonl`."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}/{name}")

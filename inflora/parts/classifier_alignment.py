@@ -1,4 +1,4 @@
-"""Classifier alignment: after each task, all heads are trained on features drawn from the classes' Gaussians.
+"""Classifier alignment: after each task but the first, all heads are trained on features drawn from the classes' Gaussians.
 
 For any method whose scores are `heads(features(x))`: `python train.py method=... alignment=gaussian`. Source: Zhang et al. 2023 (SLCA,
 ICCV, arXiv 2303.05118) and its code, which InfLoRA+CA took over. Departures: real task sizes instead of equal ones; statistics in float64.

@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m inflora.report",
         description="Aggregate finished runs over their seeds and write report.html, report.md, results.csv, table.tex and figures. "
-        "Runs that differ only in seed, output folder, device or tracker count as repetitions; runs on other data, "
-        "other test images or other weights get a section of their own.",
+        "Runs that differ only in seed, or in what does not change results (output folder, device, tracker, ...), count as "
+        "repetitions; runs on other images, with other settings of the data or other weights get a section of their own.",
     )
     parser.add_argument("folders", nargs="+", metavar="RUN_OR_MULTIRUN_DIR", help="run folders, or folders that hold them at any depth")
     parser.add_argument("--out", default="report", type=Path, metavar="DIR", help="where to write (default: report)")
