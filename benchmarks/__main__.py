@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.pairs import BACKBONES, WIDTHS, Bench, Sizes
-from benchmarks.timing import Row
+from benchmarks.timing import Disagreement, Row
 from inflora.results import device_name, git_revision, package_versions, peak_memory_bytes
 
 _FULL = {"tasks": 5, "epochs": 5, "turns": 5, "run_turns": 1, "learned": (1, 10, 50, 100), "ranks": (1, 10, 50), "widths": (192, 384, 768)}
@@ -39,16 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = SIZES["quick" if is_quick else options["backbone"]]
     settings = options | {"pretrained": not is_random} | asdict(sizes)
     options |= {"backbone": BACKBONES[options["backbone"]], "pretrained": not is_random}
-    result = {"settings": settings, "machine": machine(torch.device(options["device"])), **measure(sizes, options)}
-    text = markdown(result)
+    head = {"settings": settings, "machine": machine(torch.device(options["device"]))}
     out.mkdir(parents=True, exist_ok=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        (out / "bench.json").write_text(json.dumps(head | result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    result = head | measure(sizes, options, keep)
+    keep(result)
+    text = markdown(result)
     (out / "bench.md").write_text(text, encoding="utf-8")
-    (out / "bench.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     print(f"{text}\nWritten to {out}")
+    if result["disagreements"]:
+        sys.exit("\n".join(result["disagreements"]))
 
 
-def measure(sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
-    """The rows of the table, the limit, and the tables of growth."""
+def measure(sizes: Sizes, options: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The rows of the table, the limit, and the tables of growth; what has been measured so far is given to `keep` each time.
+
+    A comparison whose sides disagree is left out and named under `disagreements`.
+    """
     bench = Bench(sizes, **options)
     works = [
         bench.images_row,
@@ -60,25 +72,36 @@ def measure(sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
         bench.evaluation_row,
         bench.run_row,
     ]
-    rows = []
     growths: dict[str, list[dict[str, Any]]] = {"tasks learned": [], "rank": [], "width": []}
+    result: dict[str, Any] = {"rows": [], "growth": growths, "disagreements": []}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=len(works) + 1 + len(sizes.learned) + len(sizes.ranks) + len(sizes.widths))
-        for work in works:
-            progress.update(bar, description=work.__name__)
-            row = work()
-            rows.append(asdict(row))
-            progress.console.print(f"{row.name}: {row.ratio:.2f} times faster", highlight=False)
+
+        def measured(description: str, work: Callable[[], None]) -> None:
+            progress.update(bar, description=description)
+            try:
+                work()
+            except Disagreement as error:
+                result["disagreements"].append(str(error))
+                progress.console.print(str(error), style="red", highlight=False)
+            keep(result)
             progress.advance(bar)
-        progress.update(bar, description="limit")
-        limit = bench.limit()
-        progress.advance(bar)
+
+        def add_row(work: Callable[[], Row]) -> None:
+            row = work()
+            result["rows"].append(asdict(row))
+            progress.console.print(f"{row.name}: {row.ratio:.2f} times faster", highlight=False)
+
+        for work in works:
+            measured(work.__name__, partial(add_row, work))
+        measured("limit", lambda: result.update(limit=bench.limit()))
 
         def grow(name: str, value: int, costs: Callable[[], dict[str, Any]]) -> None:
-            progress.update(bar, description=f"{name}: {value}")
-            line = {key: asdict(cost) if isinstance(cost, Row) else cost for key, cost in costs().items()}
-            growths[name].append({name: value, **line})
-            progress.advance(bar)
+            def add_line() -> None:
+                line = {key: asdict(cost) if isinstance(cost, Row) else cost for key, cost in costs().items()}
+                growths[name].append({name: value, **line})
+
+            measured(f"{name}: {value}", add_line)
 
         for learned in sizes.learned:
             grow("tasks learned", learned, lambda learned=learned: bench.growth(learned))
@@ -87,7 +110,7 @@ def measure(sizes: Sizes, options: dict[str, Any]) -> dict[str, Any]:
         for width in sizes.widths:
             of_this_width = {"backbone": WIDTHS[width], "pretrained": False, "image_size": sizes.width_image_size}
             grow("width", width, lambda arguments=options | of_this_width: Bench(sizes, **arguments).growth())
-    return {"rows": rows, "limit": limit, "growth": growths, "peak_memory_bytes": peak_memory_bytes(bench.fabric.device)}
+    return result | {"peak_memory_bytes": peak_memory_bytes(bench.fabric.device)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -120,7 +143,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"together needed at most {result['peak_memory_bytes'] / 1e9:.2f} GB.",
     ]
     lines += ["", "What a task costs, this package / plain reference, against the number of tasks learned before, the rank, and the width."]
-    for table in result["growth"].values():
+    for table in filter(None, result["growth"].values()):
         names = list(table[0])
         lines += ["", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
         lines += [f"| {' | '.join(map(_cell, line.values()))} |" for line in table]

@@ -223,12 +223,14 @@ class Bench:
         """A fresh model until its first step is done: the pass over the first task's images, all branches designed, one batch."""
         first = self.sequence[0]
 
+        trainer = self._trainer(Path())
+
         def fast() -> FirstStep:
             method = self._method()
             seed_everything(SEED, "begin", 0)
             with self.fabric.autocast():
                 method.begin_task(first)
-            loss = self._stepper(method)(*next(iter(first.batches("train", stream="fit")))).losses()[-1]
+            loss = self._stepper(method, trainer)(*next(iter(first.batches("train", stream="fit")))).losses()[-1]
             return loss, [branch.lora_A for branch in method.branches.values()]
 
         def plain() -> PlainFirstStep:
@@ -393,9 +395,9 @@ class Bench:
         shift = method.num_old_classes - self.last.num_old_classes
         return [(x, y + shift) for x, y in self.last.batches("train", stream="fit")]
 
-    def _stepper(self, method: InfLoRA) -> Callable[[Tensor, Tensor], Meter]:
+    def _stepper(self, method: InfLoRA, trainer: Trainer | None = None) -> Callable[[Tensor, Tensor], Meter]:
         """What takes one training step of the method on a batch; its meter keeps the losses."""
-        trainer, meter = self._trainer(Path()), Meter(None, self.last, 0)
+        trainer, meter = trainer or self._trainer(Path()), Meter(None, self.last, 0)
         optimizer = self.fabric.setup_optimizers(torch.optim.Adam(trainable_groups(method, trainer.rates)))
 
         def step(x: Tensor, y: Tensor) -> Meter:

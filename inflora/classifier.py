@@ -48,7 +48,7 @@ class TaskHeads(nn.Module):
 
     def grow(self, num_classes: int, device: torch.device) -> nn.Linear:
         """Add the head of the next task."""
-        head = Head(self.embed_dim, num_classes, device=device)
+        head = Head(self.embed_dim, num_classes).to(device)  # drawn on the CPU: the same on every device
         self.heads.append(head)
         return head
 

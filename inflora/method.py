@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from inflora.classifier import TaskHeads
 from inflora.data.tasks import Task
+from inflora.device import to_device
 from inflora.parts.dropout import SampleDropout
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Method(nn.Module):
         self._sample_ids = ids
         dropouts = [module for module in self.modules() if isinstance(module, SampleDropout)]
         if dropouts:
-            ids = ids.to(self.device)
+            ids = to_device(ids, self.device)
         for dropout in dropouts:
             dropout.sample_ids = ids
 

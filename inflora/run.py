@@ -130,6 +130,7 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         raise ValueError(f"{here} processes on this machine exceed its {torch.cuda.device_count()} CUDA devices; lower trainer.num_devices")
     if trainer["precision"] == "16" and is_cpu(device):
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
+    torch.backends.cudnn.allow_tf32 = False  # the patch embedding of precision 32 would have ten bits
     return Fabric(
         accelerator=device,
         devices=here,

@@ -7,6 +7,8 @@ other. Augmentation draws are keyed by the sample too (`uniform`), hence indepen
 
 import hashlib
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +40,12 @@ def seed_everything(seed: int, name: str, *keys: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
+
+
+@torch.no_grad()
+def draw_(weight: Tensor, init: Callable[..., Tensor], **options: Any) -> None:
+    """Fill a weight as one of `torch.nn.init` does, with numbers drawn on the CPU: a CUDA generator would give others."""
+    weight.copy_(init(torch.empty(weight.shape), **options))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
@@ -412,9 +413,25 @@ class CovarianceAccumulator:
             return
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False), _full_float32_products():
             tokens = h.reshape(-1, h.shape[-1]).to(_product_dtype(self._layers[name]))
-            for chunk in tokens.split(_CHUNK):
-                self._sums[name] += chunk.mT @ chunk
+            _add_products(self._sums[name], tokens)
         self._tokens[name] += len(tokens)
+
+
+def _add_products(total: Tensor, tokens: Tensor) -> None:
+    """Adds tokens^T tokens, (n, dim) -> (dim, dim), in products of at most _CHUNK tokens."""
+    if tokens.device.type == "cpu":
+        for chunk in tokens.split(_CHUNK):
+            total += chunk.mT @ chunk
+    else:
+        total += _batched_products(tokens).sum(0, dtype=total.dtype)
+
+
+def _batched_products(tokens: Tensor) -> Tensor:
+    """(n, dim) -> (chunks, dim, dim) in one call, as a GPU wants it: each product alone is too small to fill one."""
+    chunks = max(1, -(-len(tokens) // _CHUNK))
+    tokens = F.pad(tokens, (0, 0, 0, -len(tokens) % chunks))  # zeros add nothing
+    chunked = tokens.view(chunks, -1, tokens.shape[1])
+    return chunked.mT @ chunked
 
 
 def _product_dtype(layer: nn.Linear) -> torch.dtype:

@@ -199,19 +199,22 @@ class Trainer:
         while True:
             total, state = None, torch.get_rng_state() if parts > 1 else None
             for part, part_losses in enumerate(losses):
-                method.sample_ids = ids_of_parts[part]
-                if part and state is not None:  # what is drawn by image (dropout, replay) is to be what the whole batch draws
-                    torch.set_rng_state(state)
+                if state is not None:
+                    method.sample_ids = ids_of_parts[part]
+                    if part:  # what is drawn by image (dropout, replay) is to be what the whole batch draws
+                        torch.set_rng_state(state)
                 try:
                     loss = next(part_losses)
                 except StopIteration:
-                    method.sample_ids = ids
+                    if state is not None:
+                        method.sample_ids = ids
                     return
                 if loss is not None:
                     self._backward(loss, len(images[part]) / global_size)
                     weighted = loss.detach() * (len(images[part]) / len(x))
                     total = weighted if total is None else total + weighted
-            method.sample_ids = ids
+            if state is not None:
+                method.sample_ids = ids
             yield total
 
     def _backward(self, loss: Tensor, share: float) -> None:

@@ -47,6 +47,19 @@ def test_quick_benchmark_writes_a_complete_table(tmp_path, capsys):
     assert 0 < result["limit"]["fraction"] < 1 and f"**{result['limit']['fraction']:.0%}**" in text
 
 
+def test_a_disagreement_ends_the_benchmark_badly_but_after_all_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lora, "merge", lambda model: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--quick", "--backbone", "toy", "--random", "--out", str(tmp_path)])
+    assert "training step: relative difference of a loss is" in str(ended.value)
+    result = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    names = [row["name"] for row in result["rows"]]
+    assert "training step" not in names and "branch design, all layers" in names
+    assert str(ended.value) == "\n".join(result["disagreements"])
+    assert result["limit"]["operations"] > 0 and result["peak_memory_bytes"] > 0
+    assert "| training step |" not in (tmp_path / "bench.md").read_text(encoding="utf-8")
+
+
 def test_operations_of_a_step_are_those_counted_by_hand():
     """Batch 4 of 16 patches and a class token, width 32, two blocks of 12 width^2 weights; 2 operations per weight and token.
 

@@ -70,6 +70,16 @@ def test_growing_leaves_old_heads_alone():
     torch.testing.assert_close(heads(features)[:, :3], scores)
 
 
+def test_a_new_head_is_drawn_on_the_cpu_whatever_the_device():
+    """On the meta device nothing is drawn: what is taken from the CPU's generator was drawn before the head went there."""
+    after = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        assert TaskHeads(3).grow(2, torch.device(device)).weight.device.type == device
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
 def test_a_new_head_has_torchs_default_initialisation():
     torch.manual_seed(0)
     head = TaskHeads(8).grow(3, CPU)

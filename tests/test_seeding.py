@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inflora.seeding import generator, seed_everything, stream_seed, uniform
+from inflora.seeding import draw_, generator, seed_everything, stream_seed, uniform
 
 
 def test_known_values():
@@ -56,6 +56,19 @@ def test_seed_everything_reaches_python_numpy_and_torch():
         draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
     assert draws[0] == draws[1]
     assert all(x != y for x, y in zip(draws[0], draws[2], strict=True))
+
+
+def test_a_weight_is_drawn_as_torch_draws_it_on_the_cpu():
+    weight, expected = torch.nn.Parameter(torch.zeros(3, 5)), torch.empty(3, 5)
+    torch.manual_seed(0)
+    draw_(weight, torch.nn.init.kaiming_uniform_, nonlinearity="linear")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    torch.nn.init.kaiming_uniform_(expected, nonlinearity="linear")
+    assert torch.equal(weight, expected) and torch.equal(after, torch.rand(1))
+    torch.manual_seed(0)
+    draw_(torch.empty(3, 5, device="meta"), torch.nn.init.kaiming_uniform_)
+    assert torch.equal(after, torch.rand(1))
 
 
 def test_uniform_depends_on_sample_and_position_only():

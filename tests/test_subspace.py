@@ -706,6 +706,17 @@ def test_moments_ignore_how_the_data_is_batched(splits: list[int]) -> None:
         assert torch.allclose(C.double(), mean_outer(h), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 7, 1024, 1025, 4160])
+def test_products_in_one_call_are_those_of_one_chunk_after_the_other(count: int) -> None:
+    tokens = torch.randn(count, 6, generator=torch.Generator().manual_seed(count))
+    total = torch.zeros(6, 6, dtype=torch.float64)
+    subspace._add_products(total, tokens)
+    batched = subspace._batched_products(tokens)
+    assert len(batched) == -(-count // 1024)
+    torch.testing.assert_close(batched.sum(0, dtype=torch.float64), total, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(total, tokens.double().mT @ tokens.double(), rtol=1e-6, atol=1e-4)
+
+
 def test_moments_stop_with_the_context_and_leave_no_hook() -> None:
     model = Twin()
     with CovarianceAccumulator(layers_of(model)) as moments:

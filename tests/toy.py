@@ -93,6 +93,7 @@ def sequence(
     eval_batch_size: int = 16,
     train: int = 6,
     seed: int = 0,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
 ) -> TaskSequence:
     """A task sequence over `tiny`."""
     splits = tiny(Path(), num_classes=num_classes, train=train)
@@ -101,7 +102,7 @@ def sequence(
         class_order=list(range(num_classes)),
         task_sizes=split_task_sizes(num_classes, num_tasks, task_sizes),
         transforms=build_transforms("shift_flip", IMAGE_SIZE, [0.5] * 3, [0.5] * 3),
-        loading=Loading(torch.device("cpu"), batch_size, eval_batch_size, seed),
+        loading=Loading(device, batch_size, eval_batch_size, seed),
         stream=stream,
     )
 

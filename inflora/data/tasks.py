@@ -20,6 +20,7 @@ from torch import Tensor
 
 from inflora.data.cache import ImageStore, map_ahead
 from inflora.data.datasets import Splits, hash_paths, rows_by_class
+from inflora.device import to_device
 from inflora.seeding import generator, stream_seed, uniform
 
 if TYPE_CHECKING:
@@ -152,9 +153,9 @@ class _Pool:
     def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `ImageStore.fetch`."""
         if self.is_resident:
-            return self._resident[rows.to(self._device)], None
+            return self._resident[to_device(rows, self._device)], None
         images, sizes = self._store.fetch(rows)
-        return (images.pin_memory() if self._device.type == "cuda" else images), sizes
+        return (images.pin_memory() if self._device.type == "cuda" else images), sizes  # by the thread that reads ahead
 
     def chunks(self, rows: Tensor) -> list[Tensor]:
         """Positions in `rows` (B,) to load together: all where images have one size, else groups of similar size."""
@@ -235,8 +236,8 @@ class Batches:
         for positions, size, chunks in self._loaded():
             x = torch.cat([self._transformed(where, images, sizes) for where, images, sizes in chunks])
             if len(chunks) > 1:  # back to the order of the pass
-                x = x[torch.cat([where for where, _, _ in chunks]).argsort().to(x.device)]
-            yield x[:size], labels[positions[:size].to(labels.device)]
+                x = x[to_device(torch.cat([where for where, _, _ in chunks]).argsort(), x.device)]
+            yield x[:size], labels[to_device(positions[:size], labels.device)]
 
     def _loaded(self) -> Iterator[_Loaded]:
         num_workers = self._loading.num_workers
@@ -255,11 +256,11 @@ class Batches:
 
     def _transformed(self, positions: Tensor, images: Tensor, sizes: Tensor | None) -> Tensor:
         device = self._loading.device
-        images = images.to(device, non_blocking=True)
-        sizes = None if sizes is None else sizes.to(device)
+        images = to_device(images, device)
+        sizes = None if sizes is None else to_device(sizes, device)
         draws = None
         if self._augment_key is not None and self._transform.num_draws > 0:
-            draws = uniform(self._augment_key, self._rows[positions], self._transform.num_draws).to(device)
+            draws = to_device(uniform(self._augment_key, self._rows[positions], self._transform.num_draws), device)
         return self._transform(images, sizes, draws)
 
 
@@ -355,8 +356,8 @@ class Task:
         draws = None
         if key is not None and transform.num_draws > 0:
             assert ids is not None, "augmentation needs ids"
-            draws = uniform(key, ids, transform.num_draws).to(device)
-        return transform(images.to(device), None if sizes is None else sizes.to(device), draws)
+            draws = to_device(uniform(key, ids, transform.num_draws), device)
+        return transform(to_device(images, device), None if sizes is None else to_device(sizes, device), draws)
 
     def test_batches(self, limit: int | None = None) -> Batches:
         """A pass over the task's test images, in order; with `limit`, over that many, evenly spaced."""

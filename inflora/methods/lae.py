@@ -12,6 +12,7 @@ from inflora.method import Method
 from inflora.parts.adapters import Adapter
 from inflora.parts.prompts import PrefixAttention, install_prefixes
 from inflora.parts.snapshot import Snapshot
+from inflora.seeding import draw_
 
 VARIANTS = ("lora", "adapter", "prefix")
 
@@ -129,7 +130,7 @@ class LAE(Method):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        nn.init.normal_(self.heads.current.weight, std=0.001)
+        draw_(self.heads.current.weight, nn.init.normal_, std=0.001)
         nn.init.zeros_(self.heads.current.bias)
         if len(self.heads) == 2:
             self.offline.take(self.online)

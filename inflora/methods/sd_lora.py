@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from inflora import lora
 from inflora.data.tasks import Task
 from inflora.parts.low_rank import LowRankMethod
+from inflora.seeding import draw_
 
 
 class DirectionsLinear(lora.LowRankLinear):
@@ -114,7 +115,7 @@ class SDLoRA(LowRankMethod):
             if name in older:
                 branch.old_A.copy_(older[name][0])
                 branch.old_B.copy_(older[name][1])
-        nn.init.kaiming_uniform_(self.heads.current.weight, nonlinearity="linear")
+        draw_(self.heads.current.weight, nn.init.kaiming_uniform_, nonlinearity="linear")
         nn.init.zeros_(self.heads.current.bias)
 
     def inject(self) -> dict[str, lora.LowRankLinear]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from inflora.data.tasks import Task
 from inflora.methods.sequential_full import SequentialFull
+from inflora.seeding import draw_
 
 
 class SLCA(SequentialFull):
@@ -27,5 +28,5 @@ class SLCA(SequentialFull):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        nn.init.trunc_normal_(self.heads.current.weight, std=0.02)
+        draw_(self.heads.current.weight, nn.init.trunc_normal_, std=0.02)
         nn.init.zeros_(self.heads.current.bias)

@@ -162,8 +162,8 @@ def surest(probabilities: Tensor) -> Tensor:
 class CosineHead(nn.Linear):
     """scale * cosine(feature, weight of the class), without bias; weights start normal (0, 0.02^2)."""
 
-    def __init__(self, embed_dim: int, num_classes: int, scale: float, device: torch.device) -> None:
-        super().__init__(embed_dim, num_classes, bias=False, device=device)
+    def __init__(self, embed_dim: int, num_classes: int, scale: float) -> None:
+        super().__init__(embed_dim, num_classes, bias=False)
         self.scale = scale
         nn.init.trunc_normal_(self.weight, std=0.02)
 
@@ -179,6 +179,6 @@ class CosineHeads(TaskHeads):
         self.scale = scale
 
     def grow(self, num_classes: int, device: torch.device) -> nn.Linear:
-        head = CosineHead(self.embed_dim, num_classes, self.scale, device)
+        head = CosineHead(self.embed_dim, num_classes, self.scale).to(device)
         self.heads.append(head)
         return head

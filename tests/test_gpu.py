@@ -1,0 +1,72 @@
+"""Whole runs on a CUDA device: the results of a CPU, and no step that waits for the device."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+from helpers import METHODS, read_events, run_toy
+
+from inflora.trackers import read_matrix
+from inflora.trainer import Trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_report")]
+
+WAITS = {
+    "er": "its buffer and labels are in host memory",
+    "derpp": "its buffer, labels and scores are in host memory",
+    "icarl": "its buffer and labels are in host memory",
+    "hide_prompt": "it looks up which centres exist",
+}
+"""Methods whose steps wait for the device, and why."""
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([event["loss"] for event in read_events(folder, "epoch")])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_ends_as_on_a_cpu(method, tmp_path):
+    for device in ("cpu", "cuda"):
+        run_toy(tmp_path / device, f"method={method}", f"trainer.device={device}")
+    np.testing.assert_allclose(losses(tmp_path / "cuda"), losses(tmp_path / "cpu"), rtol=1e-3)
+    matrices = [read_matrix(tmp_path / device / "accuracy_matrix.csv") for device in ("cpu", "cuda")]
+    assert np.nanmax(abs(matrices[0] - matrices[1])) <= 100 / 8  # one of a task's eight images
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_trains(method, precision, tmp_path):
+    run_toy(tmp_path, f"method={method}", "trainer.device=cuda", f"trainer.precision={precision}")
+    assert np.isfinite(losses(tmp_path)).all()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(WAITS)))
+def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
+    honest = Trainer._step
+
+    def watched(*arguments: Any) -> bool:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return honest(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    run_toy(tmp_path, f"method={method}", "trainer.device=cuda")
+
+
+@pytest.mark.parametrize("view", ["train", "test"])
+def test_no_batch_waits_for_the_device(view):
+    task = toy.sequence(device=torch.device("cuda"))[0]
+    passes = [iter(task.batches(view, stream="fit")) for _ in range(2)]
+    for batches in passes:
+        next(batches)  # the first batch of a pass brings its labels, and the first of all the images
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in passes[1]:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
