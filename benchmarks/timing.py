@@ -101,7 +101,10 @@ def missed_energy(fast: Tensor, plain: Tensor, C: Tensor) -> float:
     """Square root of the share by which the span of the rows of `fast` has less than that of `plain` of the energy of moments C (dim, dim).
 
     Near the angle between the spans where it matters which directions they have; smaller where those that differ have nearly equal energy.
+    Infinite if they have different numbers of rows.
     """
+    if fast.shape != plain.shape:
+        return float("inf")
     C = C.double().cpu()
     found, best = (torch.linalg.qr(rows.double().cpu().mT).Q for rows in (fast, plain))
     captured, available = (torch.linalg.vecdot(C @ Q, Q, dim=0).sum() for Q in (found, best))

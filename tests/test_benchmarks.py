@@ -156,6 +156,7 @@ def test_energy_that_a_span_misses():
     assert missed_energy(axes[[0, 2]], axes[:2], C) < 1e-7  # another direction, as good
     assert missed_energy(axes[[0, 3]], axes[:2], C) == pytest.approx((0.9 / 9) ** 0.5)
     assert missed_energy(axes[[1, 2]], axes[:2], C) == pytest.approx((7 / 9) ** 0.5)
+    assert missed_energy(axes[:3], axes[:2], C) == math.inf
 
 
 def test_bytes_kept_for_backward_count_a_shared_tensor_once_and_no_weight():
