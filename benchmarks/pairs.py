@@ -221,9 +221,7 @@ class Bench:
 
     def first_step_row(self) -> Row:
         """A fresh model until its first step is done: the pass over the first task's images, all branches designed, one batch."""
-        first = self.sequence[0]
-
-        trainer = self._trainer(Path())
+        first, trainer = self.sequence[0], self._trainer(Path())
 
         def fast() -> FirstStep:
             method = self._method()

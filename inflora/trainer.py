@@ -196,25 +196,27 @@ class Trainer:
         ids = method.sample_ids
         ids_of_parts = ids.tensor_split(parts)
         losses = [self._losses(method, *part, global_size) for part in zip(images, labels, strict=True)]
+
+        def tell(ids: Tensor) -> None:
+            if parts > 1:  # else it knows them; to tell it visits every module
+                method.sample_ids = ids
+
         while True:
             total, state = None, torch.get_rng_state() if parts > 1 else None
             for part, part_losses in enumerate(losses):
-                if state is not None:
-                    method.sample_ids = ids_of_parts[part]
-                    if part:  # what is drawn by image (dropout, replay) is to be what the whole batch draws
-                        torch.set_rng_state(state)
+                tell(ids_of_parts[part])
+                if part and state is not None:  # what is drawn by image (dropout, replay) is to be what the whole batch draws
+                    torch.set_rng_state(state)
                 try:
                     loss = next(part_losses)
                 except StopIteration:
-                    if state is not None:
-                        method.sample_ids = ids
+                    tell(ids)
                     return
                 if loss is not None:
                     self._backward(loss, len(images[part]) / global_size)
                     weighted = loss.detach() * (len(images[part]) / len(x))
                     total = weighted if total is None else total + weighted
-            if state is not None:
-                method.sample_ids = ids
+            tell(ids)
             yield total
 
     def _backward(self, loss: Tensor, share: float) -> None:
