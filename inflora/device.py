@@ -3,6 +3,14 @@
 import torch
 from torch import Tensor
 
+READS_PINNED_MEMORY = {"cuda"}
+"""Types of devices that copy from pinned host memory by themselves, while the host goes on."""
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor in pinned host memory, if `device` copies from there by itself."""
+    return tensor.pin_memory() if device.type in READS_PINNED_MEMORY and tensor.device.type == "cpu" else tensor
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; a copy from host memory to a CUDA device is only queued.
@@ -10,6 +18,4 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     From ordinary memory CUDA copies while the host waits, which first has to wait for everything queued before: the device would run dry
     at every batch. Pinned memory it reads by itself.
     """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=device.type in READS_PINNED_MEMORY and tensor.device.type == "cpu")

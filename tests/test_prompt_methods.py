@@ -576,6 +576,7 @@ def test_hide_prompt_s_two_classifiers_do_not_see_each_other():
     first, second, _ = toy.sequence()
     learn(method, [first])
     Fit(method, second).begin()
+    method.begin_epoch(0)
     method.zero_grad()
     x, y = next(iter(second.batches("test", stream="any")))
     own = nn.functional.cross_entropy(method.task_heads.current(method.task_mlp(method.query(x))), y - 2)
@@ -599,6 +600,7 @@ def test_contrastive_term_by_hand():
 
 def test_hide_prompt_contrasts_the_images_of_a_group_as_a_device_does():
     method: HidePrompt = prompt_method("hide_prompt", contrast_images=2)
+    method.begin_epoch(0)
     features = noise(5, D)
     of_groups = [contrastive(features[:2], method.statistics.centers()), contrastive(features[2:4], method.statistics.centers())]
     expected = (2 * of_groups[0] + 2 * of_groups[1] + contrastive(features[4:], method.statistics.centers())) / 5

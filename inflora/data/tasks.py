@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inflora.data.cache import ImageStore, map_ahead
 from inflora.data.datasets import Splits, hash_paths, rows_by_class
-from inflora.device import to_device
+from inflora.device import pinned, to_device
 from inflora.seeding import generator, stream_seed, uniform
 
 if TYPE_CHECKING:
@@ -143,25 +143,25 @@ class _Pool:
     """The images of one set, by row: from a copy that lives on the device where it fits, else from the store in host memory."""
 
     def __init__(self, store: ImageStore, device: torch.device) -> None:
-        self._store, self._device = store, device
+        self.store, self._device = store, device
         self.is_resident = store.sizes is None and store.nbytes <= RESIDENT_BYTES
 
     @cached_property
     def _resident(self) -> Tensor:
-        return self._store.fetch(torch.arange(len(self._store)))[0].to(self._device)
+        return self.store.fetch(torch.arange(len(self.store)))[0].to(self._device)
 
     def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `ImageStore.fetch`."""
         if self.is_resident:
             return self._resident[to_device(rows, self._device)], None
-        images, sizes = self._store.fetch(rows)
-        return (images.pin_memory() if self._device.type == "cuda" else images), sizes  # by the thread that reads ahead
+        images, sizes = self.store.fetch(rows)
+        return pinned(images, self._device), sizes  # by the thread that reads ahead
 
     def chunks(self, rows: Tensor) -> list[Tensor]:
         """Positions in `rows` (B,) to load together: all where images have one size, else groups of similar size."""
-        if self._store.sizes is None:
+        if self.store.sizes is None:
             return [torch.arange(len(rows))]
-        return similar_sizes(self._store.sizes[rows])
+        return similar_sizes(self.store.sizes[rows])
 
 
 def similar_sizes(sizes: Tensor) -> list[Tensor]:
@@ -337,11 +337,11 @@ class Task:
             positions: (n,) positions within the task's training images, as `Method.sample_ids` are.
 
         Returns:
-            uint8 (n, 3, H, W), padded with zeros at the bottom and right, and their true (n, 2) height and width; None in place of the
-            latter where all images of the data set have one size.
+            uint8 (n, 3, H, W) in host memory, padded with zeros at the bottom and right, and their true (n, 2) height and width; None in
+            place of the latter where all images of the data set have one size.
         """
         pool, rows, _ = self._train
-        return pool.fetch(rows[positions])
+        return pool.store.fetch(rows[positions])
 
     def prepare(self, images: Tensor, sizes: Tensor | None, *, key: int | None = None, ids: Tensor | None = None) -> Tensor:
         """Raw images, of this task or another, as `batches` delivers them: float32 (n, 3, S, S) on the device.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inflora.device import to_device
 from inflora.parts.collective import gather_over_processes
 from inflora.parts.replay import ReplayMethod, Selection, gather_ids
 from inflora.seeding import uniform
@@ -80,12 +81,14 @@ class DERpp(ReplayMethod):
             return loss
         (_, first), (_, second) = draws
         loss = loss + self.alpha * self.distance(old[0], first).mean()
-        return loss + self.beta * F.cross_entropy(old[1], self.buffer.labels[second].to(y.device))
+        return loss + self.beta * F.cross_entropy(old[1], to_device(self.buffer.labels[second], y.device))
 
     def distance(self, scores: Tensor, rows: Tensor) -> Tensor:
         """(b,) mean squared difference between `scores` (b, C) and those stored in `rows`, over the classes these know."""
-        stored, num_known = self.buffer.scores[rows].to(scores.device), self.buffer.num_known[rows].to(scores.device).unsqueeze(1)
-        is_known = torch.arange(stored.shape[1], device=scores.device) < num_known
+        device = scores.device
+        stored = to_device(self.buffer.scores, device)[to_device(rows, device)]
+        num_known = to_device(self.buffer.num_known[rows], device).unsqueeze(1)
+        is_known = torch.arange(stored.shape[1], device=device) < num_known
         return ((scores[:, : stored.shape[1]].float() - stored).square() * is_known).sum(1) / num_known.squeeze(1)
 
     def after_step(self) -> None:
@@ -93,6 +96,6 @@ class DERpp(ReplayMethod):
         own = torch.zeros(0, num_classes, device=self.device) if self._scores is None else self._scores
         self._scores = None  # a process without images of the next step gets none
         positions, scores = gather_ids(self.sample_ids, self.device), gather_over_processes(own.float())
-        takes_new = uniform(self._refresh_key, positions, 1).squeeze(1) * (self._epoch + 1) < 1
-        self.buffer.refresh(self.task, positions[takes_new], scores[takes_new])
+        takes_new = (uniform(self._refresh_key, positions, 1).squeeze(1) * (self._epoch + 1) < 1).nonzero().squeeze(1)
+        self.buffer.refresh(self.task, positions[takes_new], scores[to_device(takes_new, scores.device)])
         self.buffer.offer(self.task, positions, num_classes=num_classes, scores=scores)

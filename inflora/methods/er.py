@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inflora.device import to_device
 from inflora.parts.replay import ReplayMethod, Selection
 
 
@@ -61,7 +62,7 @@ class ER(ReplayMethod):
         labels = y
         if len(self.buffer):
             replayed, rows = self.replay(self.replay_ratio)
-            x, labels = torch.cat([x, replayed]), torch.cat([y, self.buffer.labels[rows].to(y.device)])
+            x, labels = torch.cat([x, replayed]), torch.cat([y, to_device(self.buffer.labels[rows], y.device)])
         scores = self.heads(self.features(x))
         self.observe(scores[: len(y)], y)
         return F.cross_entropy(scores, labels)

@@ -114,6 +114,9 @@ class HidePrompt(PromptMethod):
         start = uniform_parameter(self.prompt_shape, -1, 1, self.device) if is_first else self.e_prompts[-1].detach().clone()
         self.e_prompts.append(nn.Parameter(start))
 
+    def begin_epoch(self, epoch: int) -> None:
+        self.centers = self.statistics.centers()  # not in every step: to find out how many there are waits for the device
+
     def param_groups(self) -> list[dict[str, Any]]:
         heads = [self.task_mlp, self.task_heads.current, self.heads.current]
         return [
@@ -138,8 +141,8 @@ class HidePrompt(PromptMethod):
 
     def contrastive(self, features: Tensor) -> Tensor:
         """Mean, over the batch's images, of the contrastive loss of the group that an image is in."""
-        centers, groups = self.statistics.centers(), features.split(self.contrast_images or len(features))
-        return torch.stack([len(group) * contrastive(group, centers) for group in groups]).sum() / len(features)
+        groups = features.split(self.contrast_images or len(features))
+        return torch.stack([len(group) * contrastive(group, self.centers) for group in groups]).sum() / len(features)
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inflora.data.tasks import Task
+from inflora.device import to_device
 from inflora.parts.collective import gather_over_processes
 from inflora.parts.distillation import DistilledMethod, distillation
 from inflora.parts.replay import ReplayBuffer, gather_ids
@@ -84,7 +85,7 @@ class ICaRL(DistilledMethod):
         rows = torch.isin(self.hosts, self.sample_ids).nonzero().squeeze(1)
         if len(rows):
             images = torch.cat([x, self.buffer.prepare(self.task, rows, key=augment_key, ids=rows)])
-            labels = torch.cat([y, self.buffer.labels[rows].to(y.device)])
+            labels = torch.cat([y, to_device(self.buffer.labels[rows], y.device)])
         scores = self.heads(self.features(images))
         self.observe(scores[: len(y)], y)
         old_scores = self.old_scores(images) if self.has_teacher else None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inflora.data.tasks import Task, similar_sizes
+from inflora.device import to_device
 from inflora.parts.collective import gather_over_processes, num_processes
 from inflora.parts.tuning import TunedMethod
 from inflora.seeding import uniform
@@ -20,13 +21,13 @@ class ReplayBuffer:
     Which images stay is decided by priorities: those with the smallest, of each class ("balanced") or of all ("reservoir"). Random
     priorities make every distinct image of the stream as likely to be in the buffer as any other, as reservoir sampling does; but they
     belong to the image, so an image that comes again in a later epoch is not counted twice, and neither the order of the images nor the
-    number of processes matters. The content lives in host memory: a buffer of large images need not fit on the device.
+    number of processes matters. The images live in host memory: a buffer of large ones need not fit on the device.
 
     Attributes:
         images: (3, H, W) uint8 each, on the CPU, ordered by label and priority.
         labels, priorities: (n,) int64.
         ids: (n,) int64, which image of which task.
-        scores: (n, C) float32 logits given at insertion; zero beyond `num_known`.
+        scores: (n, C) float32 logits given at insertion, on the device they were given on; zero beyond `num_known`.
         num_known: (n,) int64, the number of classes they cover.
 
     Args:
@@ -100,9 +101,10 @@ class ReplayBuffer:
         self.images = [next(arrived) if row >= len(self) else self.images[row] for row in order.tolist()]
         self.labels, self.priorities, self.ids = all_labels[order], all_priorities[order], torch.cat([self.ids, ids])[order]
         if scores is not None:
-            width = scores.shape[1]
-            self.scores = _merged(_widen(self.scores, width), scores[is_new.nonzero().squeeze(1)[winners]], order)
-            self.num_known = _merged(self.num_known, torch.full((len(winners),), width), order)
+            device, width = scores.device, scores.shape[1]
+            new_scores = scores[to_device(is_new.nonzero().squeeze(1), device)].float()
+            self.scores = torch.cat([_widen(to_device(self.scores, device), width), new_scores])[to_device(order, device)]
+            self.num_known = torch.cat([self.num_known, torch.full((len(positions),), width)])[order]
 
     def _random(self, ids: Tensor) -> Tensor:
         """(b,) int64 with 48 random bits that depend only on the buffer's key and the image."""
@@ -124,7 +126,9 @@ class ReplayBuffer:
         image, row = (_ids(task, positions).unsqueeze(1) == self.ids).nonzero().unbind(1)
         if len(row) == 0:
             return
-        self.scores = _widen(self.scores, scores.shape[1]).index_copy(0, row, scores[image].float().cpu())
+        device = scores.device
+        new_scores = scores[to_device(image, device)].float()
+        self.scores = _widen(to_device(self.scores, device), scores.shape[1]).index_copy(0, to_device(row, device), new_scores)
         self.num_known = self.num_known.index_fill(0, row, scores.shape[1])
 
     # ---- taking ----
@@ -143,7 +147,7 @@ class ReplayBuffer:
             task.prepare(*_padded([images[i] for i in chunk], sizes[chunk]), key=key, ids=None if ids is None else ids[chunk])
             for chunk in chunks
         ]
-        return torch.cat(x)[torch.cat(chunks).argsort().to(x[0].device)]
+        return torch.cat(x)[to_device(torch.cat(chunks).argsort(), x[0].device)]
 
     # ---- state ----
 
@@ -175,7 +179,6 @@ def _raw(task: Task, positions: Tensor) -> list[Tensor]:
     if len(positions) == 0:
         return []
     images, sizes = task.raw(positions)
-    images = images.cpu()
     true_sizes = [images.shape[2:]] * len(images) if sizes is None else sizes.tolist()
     return [image[:, :h, :w].clone() for image, (h, w) in zip(images, true_sizes, strict=True)]
 
@@ -186,14 +189,6 @@ def _padded(images: list[Tensor], sizes: Tensor) -> tuple[Tensor, Tensor | None]
         return torch.stack(images), None
     height, width = sizes.amax(0).tolist()
     return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]), sizes
-
-
-def _merged(old: Tensor, new: Tensor, order: Tensor) -> Tensor:
-    """Rows of `old` where `order` points into it, elsewhere those of `new` one after the other."""
-    merged = old.new_empty(len(order), *old.shape[1:])
-    arrives = order >= len(old)
-    merged[~arrives], merged[arrives] = old[order[~arrives]], new.to(old)
-    return merged
 
 
 def _widen(scores: Tensor, width: int) -> Tensor:

@@ -1,0 +1,179 @@
+"""What a GPU would refuse, or wait for, by a device with the same rules: see far_device.py."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+from far_device import FAR, FarTensor, far_device
+from helpers import METHODS, read_events, run_toy
+from torch import Tensor
+
+from inflora.data import tasks
+from inflora.data.cache import VariableImages
+from inflora.data.transforms import build_transforms
+from inflora.device import to_device
+from inflora.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([event["loss"] for event in read_events(folder, "epoch")])
+
+
+def accuracies(folder: Path) -> np.ndarray:
+    return np.array([event["accuracy"] for event in read_events(folder, "task")])
+
+
+# ---- the device itself -------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_cpu():
+    with far_device() as notes:
+        weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3).to(FAR))
+        loss = (weight[:, 1:] * torch.full((2, 2), 2.0, device=FAR)).square().sum()
+        loss.backward()
+        assert isinstance(weight.grad, FarTensor) and weight.grad.device == FAR
+        notes.watching = False
+        assert weight.grad.tolist() == [[0, 8, 16], [0, 32, 40]] and loss.item() == 4 * (1 + 4 + 16 + 25)
+
+
+def test_a_module_keeps_its_parameters_when_it_moves():
+    with far_device():
+        module = torch.nn.Linear(2, 2)
+        weight = module.weight
+        module.to(FAR)
+        assert module.weight is weight and isinstance(weight, FarTensor)
+        weight.data = torch.zeros(2, 2, device=FAR)
+        assert not weight.any()
+
+
+def test_tensors_of_two_devices_do_not_mix():
+    with far_device():
+        there, here = torch.zeros(3, device=FAR), torch.zeros(3)
+        for mixed in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here[there.long()]):
+            with pytest.raises(RuntimeError, match="on two devices"):
+                mixed()
+        assert (there + torch.tensor(1.0)).shape == (3,)  # a single number may be anywhere
+
+
+WAITS: dict[str, Any] = {
+    "item": lambda x: x.sum().item(),
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x.long()),
+    "copy to the host": lambda x: x.cpu(),
+    "copy from ordinary memory": lambda x: torch.zeros(2).to(FAR),
+    "index from ordinary memory": lambda x: x[torch.tensor([0, 2])],
+    "index by a mask": lambda x: x[x > 1],
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_what_waits_is_noted(what):
+    with far_device() as notes:
+        x = torch.arange(3.0, device=FAR)
+        notes.waits.clear()
+        WAITS[what](x)
+        assert len(notes.waits) == 1 and notes.waits[0].startswith(what)
+
+
+def test_what_does_not_wait_is_not_noted():
+    with far_device() as notes:
+        x = to_device(torch.arange(4.0), FAR)
+        x[to_device(torch.tensor([3, 1]), FAR)] += 1
+        x[x > 3] = 0
+        x.zero_().fill_(torch.tensor(2.0))
+        assert not notes.waits
+
+
+def test_numbers_drawn_there_are_noted():
+    with far_device() as notes:
+        torch.zeros(3).uniform_()
+        assert not notes.draws
+        torch.rand(3, device=FAR)
+        assert len(notes.draws) == 1
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_mixes_no_devices_and_no_step_waits(method, tmp_path, monkeypatch):
+    run_toy(tmp_path / "here", f"method={method}")
+    honest = Trainer._step
+    with far_device() as notes:
+
+        def watched(*arguments: Any) -> bool:
+            notes.watching = True
+            try:
+                return honest(*arguments)
+            finally:
+                notes.watching = False
+
+        notes.watching = False
+        monkeypatch.setattr(Trainer, "_step", watched)
+        run_toy(tmp_path / "there", f"method={method}")
+    assert notes.waits == [] and notes.draws == []
+    of_first_task = 2
+    here, there = losses(tmp_path / "here"), losses(tmp_path / "there")
+    np.testing.assert_allclose(there[:of_first_task], here[:of_first_task], rtol=1e-5)
+    np.testing.assert_allclose(there, here, rtol=1e-2)  # a step of Adam makes much of a small gradient's last bits
+    assert abs(accuracies(tmp_path / "here") - accuracies(tmp_path / "there")).max() <= 100 / 8  # one of the first task's eight images
+
+
+def uneven(pixels: Tensor) -> VariableImages:
+    """The images, some of them without their last rows."""
+    images = [image[:, : image.shape[1] - row % 3] for row, image in enumerate(pixels)]
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return VariableImages(torch.cat([image.flatten() for image in images]).numpy(), sizes)
+
+
+@pytest.mark.parametrize("transform", ["shift_flip", "inflora", "pilot"])
+@pytest.mark.parametrize("images", ["on the device", "in host memory", "of different sizes"])
+@pytest.mark.parametrize("view", ["train", "test"])
+def test_no_batch_waits(view, images, transform, monkeypatch):
+    monkeypatch.setattr(toy, "build_transforms", lambda name, *rest: build_transforms(transform, *rest))
+    monkeypatch.setattr(tasks, "map_ahead", lambda load, steps, *_, **__: map(load, steps))  # other threads do not see the device
+    if images == "in host memory":
+        monkeypatch.setattr(tasks, "RESIDENT_BYTES", 0)
+    if images == "of different sizes":
+        monkeypatch.setattr(toy, "FixedImages", uneven)
+    with far_device() as notes:
+        task = toy.sequence(device=FAR, batch_size=4, eval_batch_size=4)[0]
+        passes = [iter(task.batches(view, stream="fit")) for _ in range(2)]
+        for batches in passes:
+            next(batches)  # the first batch of a pass brings its labels, and the first of all the images
+        notes.waits.clear()
+        assert [len(x) for x, _ in passes[1]] == [4, 4]
+    assert notes.waits == [] and notes.draws == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on(method, tmp_path, monkeypatch):
+    saved: list[str] = []
+    stop_after = -1
+
+    def stopping(self: Trainer, method: Any, position: Any, tag: str, **options: Any) -> None:
+        honest(self, method, position, tag, **options)
+        saved.append(tag)
+        if len(saved) == stop_after:
+            raise KeyboardInterrupt
+
+    honest = Trainer._save
+    monkeypatch.setattr(Trainer, "_save", stopping)
+    with far_device() as notes:
+        notes.watching = False
+        run_toy(tmp_path / "whole", f"method={method}")
+        whole, stop_after = saved.copy(), len(saved) // 2
+        saved.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run_toy(tmp_path / "stopped", f"method={method}")
+        run_toy(tmp_path / "stopped", f"method={method}")
+    assert saved == whole
+    assert (losses(tmp_path / "stopped") == losses(tmp_path / "whole")).all()
+    assert (accuracies(tmp_path / "stopped") == accuracies(tmp_path / "whole")).all()
