@@ -44,7 +44,7 @@ INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default
 
 @dataclass
 class Notes:
-    """What happened on the device: `what at file:line < file:line` of the package.
+    """What happened on the device: `what at file:line:function < ...` of the package.
 
     Attributes:
         waits: what the host waited for, where `watching`.
@@ -62,7 +62,7 @@ class Notes:
 
 def _place() -> str:
     frames = [frame for frame in traceback.extract_stack() if "/inflora/" in frame.filename]
-    return " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames[-3:]))
+    return " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}:{frame.name}" for frame in reversed(frames[-3:]))
 
 
 class FarTensor(Tensor):

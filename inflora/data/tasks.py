@@ -232,7 +232,7 @@ class Batches:
         return torch.arange(start, start + self.global_size(step))[self._loading.rank :: self._loading.world_size]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = self._labels.to(self._loading.device)
+        labels = to_device(self._labels, self._loading.device)
         for positions, size, chunks in self._loaded():
             x = torch.cat([self._transformed(where, images, sizes) for where, images, sizes in chunks])
             if len(chunks) > 1:  # back to the order of the pass

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inflora.classifier import ClassCounts
+from inflora.classifier import ClassCounts, class_to_task
 from inflora.data.tasks import Task
 from inflora.parts import adapters
 from inflora.parts.adapter_sets import AdapterSetMethod
@@ -88,9 +88,7 @@ class EASE(AdapterSetMethod):
         num_subspaces = self.prototypes.means.shape[1]  # in the middle of a task, one less than there are
         features = self.subspace_features(x, num_subspaces)
         cosines = [cosine(features[:, j], self.prototypes.means[:, j]) for j in range(num_subspaces)]
-        own = torch.arange(num_subspaces, device=x.device).repeat_interleave(
-            torch.tensor(self.heads.sizes[:num_subspaces], device=x.device)
-        )
+        own = class_to_task(self.heads.sizes[:num_subspaces], x.device)
         others = self.alpha / max(num_subspaces - 1, 1)
         return sum(scores * torch.where(own == j, 1.0, others) for j, scores in enumerate(cosines))  # type: ignore[return-value]
 

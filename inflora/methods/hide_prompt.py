@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inflora.classifier import TaskHeads
+from inflora.classifier import TaskHeads, class_to_task
 from inflora.data.tasks import Task
 from inflora.parts.centroids import ClassCentroids
 from inflora.parts.class_statistics import ClassStatistics
@@ -179,8 +179,7 @@ class HidePrompt(PromptMethod):
         return self.task_heads(self.task_mlp(query))
 
     def prompts(self, query: Tensor) -> Mapping[int, Tensor]:
-        sizes = torch.tensor(self.task_heads.sizes, device=query.device)
-        task = torch.repeat_interleave(sizes)[self.task_scores(query).argmax(dim=1)]
+        task = class_to_task(self.task_heads.sizes, query.device)[self.task_scores(query).argmax(dim=1)]
         return dict(zip(self.blocks, torch.stack(list(self.e_prompts), dim=1)[:, task], strict=True))
 
     def extra_state(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inflora.classifier import class_to_task
 from inflora.data.tasks import Task
 from inflora.parts import adapters
 from inflora.parts.adapter_sets import AdapterSetMethod
@@ -115,9 +116,7 @@ class MOS(AdapterSetMethod):
 
     def predict(self, x: Tensor) -> Tensor:
         features = torch.stack([self.set_features(x, task) for task in range(self.num_learned)], dim=1)
-        task_of = torch.arange(self.num_learned, device=x.device).repeat_interleave(
-            torch.tensor(self.heads.sizes[: self.num_learned], device=x.device)
-        )
+        task_of = class_to_task(self.heads.sizes[: self.num_learned], x.device)
         first = self.prototypes(features[:, 0])
         scores = self.heads(features.flatten(0, 1)).unflatten(0, features.shape[:2])[..., : len(task_of)].float()
         found = retrieve(scores, task_of[first.argmax(1)], task_of, self.retrieval_steps)

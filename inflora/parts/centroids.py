@@ -7,6 +7,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from inflora.data.tasks import Task
+from inflora.device import to_device
 from inflora.parts.class_statistics import RIDGE, GrowingBuffers, task_features
 from inflora.parts.collective import gather_over_processes
 
@@ -90,6 +91,6 @@ class ClassCentroids(GrowingBuffers):
 
     def sample(self, chosen: Tensor) -> Tensor:
         """(m, D) features, one from each of the (m,) Gaussians, numbered as in `sources`; the same on all devices and in all processes."""
-        noise = torch.randn(len(chosen), self.dim).to(self.means)
+        noise = to_device(torch.randn(len(chosen), self.dim), self.means.device).to(self.means)
         labels, centroids = self._is_drawn().nonzero()[chosen].unbind(1)
         return self.means[labels, centroids] + noise * (self.variances[labels, centroids] + RIDGE).sqrt()

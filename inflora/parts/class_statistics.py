@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from inflora.data.tasks import Task
+from inflora.device import to_device
 from inflora.parts.collective import sum_over_processes
 
 RIDGE = 1e-4
@@ -131,7 +132,7 @@ class ClassStatistics(GrowingBuffers):
 
         Drawn on the CPU, from torch's global generator or `generator`, so that all devices and processes draw the same.
         """
-        noise = torch.randn(count, self.dim, generator=generator).to(self.means)
+        noise = to_device(torch.randn(count, self.dim, generator=generator), self.means.device).to(self.means)
         factor = self._factor(0 if self.kind == "shared" else label)
         return scale * self.means[label] + (noise * factor if self.kind == "diag" else noise @ factor.mT)
 

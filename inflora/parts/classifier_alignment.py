@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inflora.classifier import TaskHeads
 from inflora.data.tasks import Task
+from inflora.device import to_device
 from inflora.method import Method
 from inflora.parts.class_statistics import ClassStatistics, GrowingBuffers
 from inflora.parts.collective import num_processes, sum_over_processes
@@ -103,7 +104,7 @@ class ClassifierAlignment(GrowingBuffers):
             optimizer.param_groups[0]["lr"] = self.lr * cosine(epoch, self.epochs)
             features, labels = self.samples(sizes)
             losses = []
-            for chosen in torch.randperm(len(labels)).to(labels.device).split(self.samples_per_class):
+            for chosen in to_device(torch.randperm(len(labels)), labels.device).split(self.samples_per_class):
                 scores = score(features[chosen])
                 if self.temperature is not None:
                     scores = normalized(scores, sizes) / self.temperature
