@@ -52,6 +52,14 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the mask makes it logical
 
 
+def _scramble(x: Tensor) -> Tensor:
+    """A round of SplitMix64: int64 -> int64, one to one, every bit of the result depending on all of `x`."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
 def uniform(key: int | Tensor, sample_ids: Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1) that depend only on (key, sample id, position).
 
@@ -65,9 +73,10 @@ def uniform(key: int | Tensor, sample_ids: Tensor, count: int) -> Tensor:
     """
     position = torch.arange(count, device=sample_ids.device)
     x = (key + sample_ids.long().unsqueeze(1) * _GOLDEN) ^ (position * _MIX_1 + _MIX_2)
-    for _ in range(2):  # one round passes our tests too; the second is a margin, as the inputs are so regular
-        x = x + _GOLDEN
-        x = (x ^ _shift_right(x, 30)) * _MIX_1
-        x = (x ^ _shift_right(x, 27)) * _MIX_2
-        x = x ^ _shift_right(x, 31)
+    x = _scramble(_scramble(x))  # one round passes our tests too; the second is a margin, as the inputs are so regular
     return _shift_right(x, 40).float() * 2**-24
+
+
+def scrambled(words: Tensor) -> Tensor:
+    """(n,) int64 -> (n,) int64: noise that depends, one to one, on each word, and on its position."""
+    return _scramble(words + torch.arange(len(words), device=words.device) * _GOLDEN)

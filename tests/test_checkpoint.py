@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from far_device import FAR, far_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -190,6 +191,35 @@ def test_only_equal_bits_count_as_equal(tmp_path: Path):
     save(tmp_path / "new.safetensors", new, base=tmp_path / "base.safetensors")
     assert set(load_file(tmp_path / "new.safetensors")) == {"zero", "int", "shape"}
     assert_same(new, load(tmp_path / "new.safetensors"))
+
+
+CHANGES = {
+    "nothing": lambda x: x,
+    "one bit": lambda x: (x.view(-1).view(torch.int32) ^ torch.tensor([1] + 11 * [0], dtype=torch.int32)).view(torch.float32).view(3, 4),
+    "the sign of a zero": lambda x: torch.where(x == 0, -x, x),
+    "the order": lambda x: x.flip(0),
+    "two elements by the same amount": lambda x: x + torch.tensor([0.5, -0.5, 0, 0]),
+    "the shape": lambda x: x.view(4, 3),
+    "the type": lambda x: x.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_stays_on_a_device_is_compared_there(change, tmp_path: Path):
+    here = {"weight": torch.arange(12.0).view(3, 4), "half": torch.full((5,), torch.nan, dtype=torch.half), "number": torch.tensor(3)}
+    folder = CheckpointFolder(tmp_path)
+    with far_device() as notes:
+        state = {name: tensor.to(FAR) for name, tensor in here.items()}
+        folder.save_base(state)
+        folder.save(state, "first")
+        notes.waits.clear()
+        folder.save(state, "second")
+        assert len(notes.waits) == 1  # for the marks of all
+        state["weight"] = CHANGES[change](here["weight"]).to(FAR)
+        folder.save(state, "third")
+    assert set(load_file(folder.path / "000002-second.safetensors")) == set()
+    assert set(load_file(folder.path / "000003-third.safetensors")) == (set() if change == "nothing" else {"weight"})
+    assert_same(folder.latest(), here | {"weight": CHANGES[change](here["weight"])})
 
 
 @pytest.mark.parametrize(
