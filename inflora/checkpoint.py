@@ -6,7 +6,8 @@ A checkpoint is a pair in one folder, written one after the other and each of th
     000012-task2.json            the sha256 of the file above: the checkpoint exists from the moment this record does
 
 Nothing is pickled, so loading a checkpoint never executes code. `base.safetensors` holds the tensors a run starts from; the checkpoints
-of the run leave out every tensor that is still bit for bit the base's, which for most methods is nearly the whole backbone.
+of the run leave out every tensor that is still bit for bit the base's, which for most methods is nearly the whole backbone. One inside a
+task leaves out those of the last task's end, too: what that task has merged into the weights, say.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,15 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---- one checkpoint ----------------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, state: Any, *, base: Path | None = None, marks: dict[str, "Mark"] | None = None, **notes: str | bool) -> None:
+def save(path: Path, state: Any, *, bases: Sequence[Path] = (), marks: "Marks | None" = None, **notes: str | bool) -> None:
     """Write `state` to `path` (.safetensors) and its record to the .json beside it.
 
     Args:
         path: where; the folder exists.
         state: any nest of dict (keys: str or int), list, tuple, Tensor, int, float, bool, str and None. Tensors come back on the CPU with
             the same type, shape and bits; two that share memory come back as two.
-        base: an earlier checkpoint in the same folder; tensors equal to the one of the same name there are not stored again.
-        marks: what earlier calls with this base have left here, and this one leaves: see `_keys_equal_in`.
+        bases: earlier checkpoints in the same folder; tensors equal to one of the same name that is stored there are not stored again.
+        marks: what earlier calls with these bases have left here, and this one leaves: see `_keys_equal_in`.
         notes: written in the record, for people and for `CheckpointFolder`.
 
     Raises:
@@ -156,32 +157,37 @@ def save(path: Path, state: Any, *, base: Path | None = None, marks: dict[str, "
         TypeError: if `state` holds anything else.
     """
     structure, tensors = _flatten(state)
-    in_base = [] if base is None else _keys_equal_in(base, tensors, {} if marks is None else marks)
-    stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items() if key not in in_base}
-    metadata = {"structure": json.dumps(structure, allow_nan=False)}
-    if base is not None:
-        metadata |= {"base": base.name, "base_sha256": _recorded_sha256(base), "in_base": json.dumps(in_base)}
+    marks = {} if marks is None else marks
+    now = _marks_of(tensors)
+    elsewhere = []
+    for base in bases:
+        keys = _keys_equal_in(base, tensors, now, marks.setdefault(base.name, {}))
+        elsewhere.append({"name": base.name, "sha256": _recorded_sha256(base), "keys": keys})
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in keys}
+    marks[path.name] = {key: now[key] for key in tensors if key in now}
+    stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    metadata = {"structure": json.dumps(structure, allow_nan=False), "bases": json.dumps(elsewhere)}
     write_atomically(path, lambda temporary: save_file(_separate(stored), temporary, metadata=metadata))
     text = json.dumps(notes | {"sha256": sha256_file(path)}, indent=2) + "\n"
     write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(text))
 
 
 def load(path: Path) -> Any:
-    """Read what `save` wrote, after checking the hashes of the file and of its base.
+    """Read what `save` wrote, after checking the hashes of the file and of its bases.
 
     Raises:
-        CheckpointError: if the file or its base is missing or damaged.
+        CheckpointError: if the file or one of its bases is missing or damaged.
     """
     _verify(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = _read(file, file.keys())
-    if "base" in metadata:
-        base = path.with_name(metadata["base"])
-        if _verify(base) != metadata["base_sha256"]:
-            raise CheckpointError(f"{base} is not the file that {path} was saved against")
-        with safe_open(base, "pt") as file:
-            tensors |= _read(file, json.loads(metadata["in_base"]))
+    for base in json.loads(metadata["bases"]):
+        base_path = path.with_name(base["name"])
+        if _verify(base_path) != base["sha256"]:
+            raise CheckpointError(f"{base_path} is not the file that {path} was saved against")
+        with safe_open(base_path, "pt") as file:
+            tensors |= _read(file, base["keys"])
     return _decode(json.loads(metadata["structure"]), tensors)
 
 
@@ -260,33 +266,51 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
 Mark = tuple[torch.dtype, torch.Size, int]
 """What tells two tensors apart without having both: type, shape and a hash of the bits, the same for different ones once in 2**64."""
 
+Marks = dict[str, dict[str, Mark]]
+"""File name -> key -> mark of a tensor that is stored there."""
 
-def _keys_equal_in(base: Path, tensors: dict[str, Tensor], marks: dict[str, Mark]) -> list[str]:
-    """The keys of the tensors that are the base's, bit for bit.
 
-    To compare a tensor on a device, it has to come to the host: hundreds of megabytes for a backbone that hardly ever changes. So one that
-    was found equal leaves its mark, and while its mark is the same it stays where it is.
+def _keys_equal_in(base: Path, tensors: dict[str, Tensor], now: dict[str, Mark], marks: dict[str, Mark]) -> list[str]:
+    """The keys of the tensors that are stored in the base, bit for bit.
+
+    To compare a tensor on a device, it has to come to the host: hundreds of megabytes for a backbone that hardly ever changes. So what is
+    stored leaves its mark, to compare with next time.
+
+    Args:
+        now: of the tensors that are on a device.
+        marks: of those in the base, as far as they are known; more are when this returns.
     """
-    now = _marks({key: tensor for key, tensor in tensors.items() if tensor.device.type != "cpu"})
     equal = []
     try:
         with safe_open(base, "pt") as file:  # memory-mapped: one tensor at a time
             for key in tensors.keys() & set(file.keys()):
-                if key in now and marks.get(key) == now[key]:
-                    equal.append(key)
-                elif _is_same(tensors[key].cpu(), file.get_tensor(key)):
-                    equal.append(key)
-                    marks.update({key: now[key]} if key in now else {})
+                if key in now and key in marks:
+                    is_same = now[key] == marks[key]
+                else:
+                    known = file.get_tensor(key)
+                    is_same = _is_same(tensors[key].cpu(), known)
+                    if key in now:
+                        marks[key] = now[key] if is_same else _mark(known, int(_bit_sum(known)))
+                equal += [key] if is_same else []
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{base} is missing or damaged") from error
     return sorted(equal)
 
 
-def _marks(tensors: dict[str, Tensor]) -> dict[str, Mark]:
-    """Those of tensors on a device, which is waited for once."""
-    sums = [scrambled(_integers(tensor).long()).sum() for tensor in tensors.values()]
-    found = torch.stack(sums).tolist() if sums else []
-    return {key: (tensor.dtype, tensor.shape, hash) for (key, tensor), hash in zip(tensors.items(), found, strict=True)}
+def _marks_of(tensors: dict[str, Tensor]) -> dict[str, Mark]:
+    """Those of the tensors that are on a device, which is waited for once."""
+    there = {key: tensor for key, tensor in tensors.items() if tensor.device.type != "cpu"}
+    sums = torch.stack([_bit_sum(tensor) for tensor in there.values()]).tolist() if there else []
+    return {key: _mark(tensor, bit_sum) for (key, tensor), bit_sum in zip(there.items(), sums, strict=True)}
+
+
+def _mark(tensor: Tensor, bit_sum: int) -> Mark:
+    return tensor.dtype, tensor.shape, bit_sum
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """A hash of the bits, an int64 scalar on the tensor's device: another one for sure where one element differs."""
+    return scrambled(_integers(tensor).long()).sum()
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
@@ -328,7 +352,7 @@ class CheckpointFolder:
         self.keep = keep
         self.base = self.path / "base.safetensors"
         self._damaged: set[Path] = set()  # found by `latest`: they must not count among the kept
-        self._marks: dict[str, Mark] = {}
+        self._marks: Marks = {}
 
     def save_base(self, state: Any) -> None:
         """Store once, before the first checkpoint, what later ones need not repeat: e.g. `{"method": method.state_dict()}`.
@@ -339,8 +363,7 @@ class CheckpointFolder:
         assert not self._paths(), "the base of existing checkpoints must not change"
         self.path.mkdir(parents=True, exist_ok=True)
         self.base.with_suffix(".json").unlink(missing_ok=True)  # a kill in between must not leave an old record beside a new file
-        self._marks.clear()
-        save(self.base, state)
+        save(self.base, state, marks=self._marks)
 
     def save(self, state: Any, tag: str, *, boundary: bool = False) -> None:
         """Write the next checkpoint, then remove those no longer kept, and what a killed process left.
@@ -356,9 +379,11 @@ class CheckpointFolder:
         assert re.fullmatch(r"[\w-]+", tag), f"unsuitable as part of a file name: {tag!r}"
         self.path.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(path.name.split("-")[0]) for path in self._paths()), default=0)
-        base = self.base if self.base.with_suffix(".json").exists() else None
+        bases = [self.base] if self.base.with_suffix(".json").exists() else []
+        if not boundary:  # these stand by themselves: the next one need not keep this one
+            bases += self._boundaries(self._sound())[-1:]
         try:
-            save(self.path / f"{number:06d}-{tag}.safetensors", state, base=base, marks=self._marks, tag=tag, boundary=boundary)
+            save(self.path / f"{number:06d}-{tag}.safetensors", state, bases=bases, marks=self._marks, tag=tag, boundary=boundary)
         finally:
             self._prune()
 
@@ -372,11 +397,18 @@ class CheckpointFolder:
 
     def latest_boundary(self) -> Any | None:
         """Like `latest`, among those saved with `boundary=True`."""
-        return self._first_readable([path for path in self._paths() if _is_boundary(path)])
+        return self._first_readable(self._boundaries(self._paths()))
 
     def _paths(self) -> list[Path]:
         """The tensor files of the checkpoints (those with a record), oldest first."""
         return sorted(path.with_suffix(".safetensors") for path in self.path.glob("[0-9]*-*.json"))
+
+    def _sound(self) -> list[Path]:
+        """Those not found damaged."""
+        return [path for path in self._paths() if path not in self._damaged]
+
+    def _boundaries(self, paths: list[Path]) -> list[Path]:
+        return [path for path in paths if _record(path).get("boundary") is True]
 
     def _first_readable(self, paths: list[Path]) -> Any | None:
         error = None
@@ -394,15 +426,12 @@ class CheckpointFolder:
         return None
 
     def _prune(self) -> None:
-        paths = [path for path in self._paths() if path not in self._damaged]
-        kept, boundaries = paths[-self.keep :], [path for path in paths if _is_boundary(path)]
+        paths = self._sound()
+        kept, boundaries = paths[-self.keep :], self._boundaries(paths)
         followed = [max((boundary for boundary in boundaries if boundary <= path), default=path) for path in kept]
         names = {path.with_suffix(suffix).name for path in kept + followed for suffix in (".json", ".safetensors")}
         files = [file for pattern in ("[0-9]*-*.json", "[0-9]*-*.safetensors", "*.tmp", ".tmp*") for file in self.path.glob(pattern)]
         for file in files:  # records first: without one, what is left of a checkpoint is no checkpoint. safetensors writes .tmp*
             if file.name not in names:
                 file.unlink(missing_ok=True)
-
-
-def _is_boundary(path: Path) -> bool:
-    return _record(path).get("boundary") is True
+        self._marks = {name: marks for name, marks in self._marks.items() if name in names or name == self.base.name}

@@ -188,7 +188,7 @@ def test_only_equal_bits_count_as_equal(tmp_path: Path):
         "same": torch.ones(()),
     }
     save(tmp_path / "base.safetensors", base)
-    save(tmp_path / "new.safetensors", new, base=tmp_path / "base.safetensors")
+    save(tmp_path / "new.safetensors", new, bases=[tmp_path / "base.safetensors"])
     assert set(load_file(tmp_path / "new.safetensors")) == {"zero", "int", "shape"}
     assert_same(new, load(tmp_path / "new.safetensors"))
 
@@ -220,6 +220,43 @@ def test_what_stays_on_a_device_is_compared_there(change, tmp_path: Path):
     assert set(load_file(folder.path / "000002-second.safetensors")) == set()
     assert set(load_file(folder.path / "000003-third.safetensors")) == (set() if change == "nothing" else {"weight"})
     assert_same(folder.latest(), here | {"weight": CHANGES[change](here["weight"])})
+
+
+@pytest.mark.parametrize("device", ["cpu", FAR])
+def test_what_a_task_does_not_change_is_stored_at_its_beginning(device, tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    merged, branch = torch.ones(3), torch.zeros(2)
+    with far_device() as notes:
+
+        def there(**tensors: Tensor) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        folder.save_base(there(merged=torch.zeros(3), frozen=torch.arange(4.0)))
+        for step in range(2):
+            begun = there(merged=merged + step, frozen=torch.arange(4.0), branch=branch)
+            folder.save(begun, f"task{step}", boundary=True)
+            for epoch in (1, 2):
+                notes.waits.clear()
+                folder.save(begun | there(branch=branch + epoch), f"epoch{epoch}")
+                copies = [note for note in notes.waits if "to the host" in note]
+                assert len(copies) == (0 if device == "cpu" else 2)  # the marks, and the branch
+    stored = {path.stem.partition("-")[2]: set(load_file(path)) for path in tmp_path.glob("0*.safetensors")}
+    assert stored == {"task1": {"merged", "branch"}, "epoch1": {"branch"}, "epoch2": {"branch"}}
+    expected = {"merged": merged + 1, "frozen": torch.arange(4.0), "branch": branch + 2}
+    assert_same(folder.latest(), expected)
+    again = CheckpointFolder(tmp_path)  # which knows no marks
+    for epoch, num_copies in ((3, 6), (4, 2)):  # first every tensor for every file that has it, the marks, the branch
+        state = expected | {"branch": branch + epoch}
+        with far_device() as notes:
+            begun = there(**state)
+            notes.waits.clear()
+            again.save(begun, f"epoch{epoch}")
+            assert len([note for note in notes.waits if "to the host" in note]) == (0 if device == "cpu" else num_copies)
+        assert set(load_file(next(tmp_path.glob(f"*-epoch{epoch}.safetensors")))) == {"branch"}
+        assert_same(again.latest(), state)
+    flip_byte(next(tmp_path.glob("*-task1.safetensors")))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read \(.*-task1\.safetensors is damaged"):
+        CheckpointFolder(tmp_path).latest()
 
 
 @pytest.mark.parametrize(
