@@ -182,6 +182,8 @@ def load(path: Path) -> Any:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = _read(file, file.keys())
+    if "bases" not in metadata:
+        raise CheckpointError(f"{path} is of an older version of this program, which can continue it")
     for base in json.loads(metadata["bases"]):
         base_path = path.with_name(base["name"])
         if _verify(base_path) != base["sha256"]:

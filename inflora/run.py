@@ -131,6 +131,7 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
     if trainer["precision"] == "16" and is_cpu(device):
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding of precision 32 would have ten bits
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # at every start it recommends such products
     return Fabric(
         accelerator=device,
         devices=here,

@@ -16,7 +16,7 @@ import torch
 from far_device import FAR, far_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from inflora import checkpoint
@@ -343,6 +343,14 @@ def test_a_damaged_boundary_leaves_the_one_before(tmp_path: Path):
     again = CheckpointFolder(tmp_path)
     assert again.latest() == "task1_epoch1"
     assert again.latest_boundary() == "task0", "else nothing says where task 1 began"
+
+
+def test_one_of_an_older_version_is_one_sentence(tmp_path: Path):
+    path = tmp_path / "000001-a.safetensors"
+    save_file({"w": torch.zeros(3)}, path, metadata={"structure": '{"tensor": "w"}'})
+    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256_file(path)}))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read \(.*000001-a\.safetensors is of an older version"):
+        CheckpointFolder(tmp_path).latest()
 
 
 def test_numbers_go_on_in_a_new_process(tmp_path: Path):
