@@ -383,7 +383,7 @@ class CheckpointFolder:
         number = 1 + max((int(path.name.split("-")[0]) for path in self._paths()), default=0)
         bases = [self.base] if self.base.with_suffix(".json").exists() else []
         if not boundary:  # these stand by themselves: the next one need not keep this one
-            bases += self._boundaries(self._sound())[-1:]
+            bases += _boundaries(self._sound())[-1:]
         try:
             save(self.path / f"{number:06d}-{tag}.safetensors", state, bases=bases, marks=self._marks, tag=tag, boundary=boundary)
         finally:
@@ -399,7 +399,7 @@ class CheckpointFolder:
 
     def latest_boundary(self) -> Any | None:
         """Like `latest`, among those saved with `boundary=True`."""
-        return self._first_readable(self._boundaries(self._paths()))
+        return self._first_readable(_boundaries(self._paths()))
 
     def _paths(self) -> list[Path]:
         """The tensor files of the checkpoints (those with a record), oldest first."""
@@ -408,9 +408,6 @@ class CheckpointFolder:
     def _sound(self) -> list[Path]:
         """Those not found damaged."""
         return [path for path in self._paths() if path not in self._damaged]
-
-    def _boundaries(self, paths: list[Path]) -> list[Path]:
-        return [path for path in paths if _record(path).get("boundary") is True]
 
     def _first_readable(self, paths: list[Path]) -> Any | None:
         error = None
@@ -429,7 +426,7 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         paths = self._sound()
-        kept, boundaries = paths[-self.keep :], self._boundaries(paths)
+        kept, boundaries = paths[-self.keep :], _boundaries(paths)
         followed = [max((boundary for boundary in boundaries if boundary <= path), default=path) for path in kept]
         names = {path.with_suffix(suffix).name for path in kept + followed for suffix in (".json", ".safetensors")}
         files = [file for pattern in ("[0-9]*-*.json", "[0-9]*-*.safetensors", "*.tmp", ".tmp*") for file in self.path.glob(pattern)]
@@ -437,3 +434,7 @@ class CheckpointFolder:
             if file.name not in names:
                 file.unlink(missing_ok=True)
         self._marks = {name: marks for name, marks in self._marks.items() if name in names or name == self.base.name}
+
+
+def _boundaries(paths: list[Path]) -> list[Path]:
+    return [path for path in paths if _record(path).get("boundary") is True]

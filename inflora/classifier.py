@@ -6,13 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from inflora.device import to_device
-
-
-def class_to_task(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """(classes,) long on `device`: the task of every class, where the tasks have so many."""
-    return to_device(torch.repeat_interleave(torch.tensor(sizes)), device)
-
 
 class Head(nn.Linear):
     """A linear head whose scores are those of its own precision, also where the backbone computes in half of it.

@@ -9,7 +9,7 @@ READS_PINNED_MEMORY = {"cuda"}
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor in pinned host memory, if `device` copies from there by itself."""
-    return tensor.pin_memory() if device.type in READS_PINNED_MEMORY and tensor.device.type == "cpu" else tensor
+    return tensor.pin_memory() if _is_to_be_read(tensor, device) else tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -18,4 +18,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     From ordinary memory CUDA copies while the host waits, which first has to wait for everything queued before: the device would run dry
     at every batch. Pinned memory it reads by itself.
     """
-    return pinned(tensor, device).to(device, non_blocking=device.type in READS_PINNED_MEMORY and tensor.device.type == "cpu")
+    return pinned(tensor, device).to(device, non_blocking=_is_to_be_read(tensor, device))
+
+
+def _is_to_be_read(tensor: Tensor, device: torch.device) -> bool:
+    return tensor.device.type == "cpu" and device.type in READS_PINNED_MEMORY

@@ -115,6 +115,18 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
+CHAOTIC = {"lwf": 1e-2}
+"""Toys in which steps of Adam make much of a small gradient's last bits: how far, relatively, a loss may be off."""
+
+
+def assert_trained_alike(here: Path, there: Path, method: str) -> None:
+    """Runs of one method on two devices: losses to 1e-3, and every accuracy to one of a task's eight images."""
+    of_epochs = [[event["loss"] for event in read_events(folder, "epoch")] for folder in (here, there)]
+    np.testing.assert_allclose(of_epochs[1], of_epochs[0], rtol=CHAOTIC.get(method, 1e-3))
+    matrices = [read_matrix(folder / "accuracy_matrix.csv") for folder in (here, there)]
+    assert np.nanmax(abs(matrices[0] - matrices[1])) <= 100 / 8
+
+
 def num_rows(folder: Path) -> int:
     """How many tasks the accuracy matrix in a run folder has results for."""
     return int((~np.isnan(read_matrix(folder / "accuracy_matrix.csv")).all(axis=1)).sum())

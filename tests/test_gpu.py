@@ -1,41 +1,30 @@
 """Whole runs on a CUDA device: the results of a CPU, and no step that waits for the device."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import toy
-from helpers import METHODS, read_events, run_toy
+from helpers import METHODS, assert_trained_alike, read_events, run_toy
 
-from inflora.trackers import read_matrix
 from inflora.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_report")]
-
-
-def losses(folder: Path) -> np.ndarray:
-    return np.array([event["loss"] for event in read_events(folder, "epoch")])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_ends_as_on_a_cpu(method, tmp_path):
     for device in ("cpu", "cuda"):
         run_toy(tmp_path / device, f"method={method}", f"trainer.device={device}")
-    of_first_task = 2
-    here, there = losses(tmp_path / "cpu"), losses(tmp_path / "cuda")
-    np.testing.assert_allclose(there[:of_first_task], here[:of_first_task], rtol=1e-3)
-    np.testing.assert_allclose(there, here, rtol=1e-2)  # a step of Adam makes much of a small gradient's last bits
-    matrices = [read_matrix(tmp_path / device / "accuracy_matrix.csv") for device in ("cpu", "cuda")]
-    assert np.nanmax(abs(matrices[0] - matrices[1])) <= 100 / 8  # one of a task's eight images
+    assert_trained_alike(tmp_path / "cpu", tmp_path / "cuda", method)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_trains(method, precision, tmp_path):
     run_toy(tmp_path, f"method={method}", "trainer.device=cuda", f"trainer.precision={precision}")
-    assert np.isfinite(losses(tmp_path)).all()
+    assert np.isfinite([event["loss"] for event in read_events(tmp_path, "epoch")]).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -113,6 +113,11 @@ def split_task_sizes(num_classes: int, num_tasks: int, task_sizes: Sequence[int]
     return [size + (task < rest) for task in range(num_tasks)]
 
 
+def class_to_task(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """(classes,) long on `device`: internal label -> task, where the tasks have so many classes."""
+    return to_device(torch.repeat_interleave(torch.tensor(sizes)), device)
+
+
 # ------------------------------------------------------------------------------------------------------------------------ batches
 
 
@@ -414,7 +419,7 @@ class TaskSequence:
         self.num_classes = len(splits.class_names)
         assert sorted(class_order) == list(range(self.num_classes)) and sum(task_sizes) == self.num_classes
         self.class_order, self.task_sizes, self.num_tasks = class_order, task_sizes, len(task_sizes)
-        self.class_to_task = torch.repeat_interleave(torch.tensor(task_sizes))
+        self.class_to_task = class_to_task(task_sizes, torch.device("cpu"))
         train_rows, test_rows = _select_rows(splits, validation_fraction, max_train_per_class, max_test_per_class)
         test_set = splits.train if validation_fraction > 0 else splits.test
         train_pool = _Pool(splits.train.images, loading.device)

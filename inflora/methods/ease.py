@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inflora.classifier import ClassCounts, class_to_task
-from inflora.data.tasks import Task
+from inflora.classifier import ClassCounts
+from inflora.data.tasks import Task, class_to_task
 from inflora.parts import adapters
 from inflora.parts.adapter_sets import AdapterSetMethod
 from inflora.parts.class_statistics import GrowingBuffers

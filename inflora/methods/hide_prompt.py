@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inflora.classifier import TaskHeads, class_to_task
-from inflora.data.tasks import Task
+from inflora.classifier import TaskHeads
+from inflora.data.tasks import Task, class_to_task
 from inflora.parts.centroids import ClassCentroids
 from inflora.parts.class_statistics import ClassStatistics
 from inflora.parts.collective import num_processes, sum_over_processes

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inflora.classifier import class_to_task
-from inflora.data.tasks import Task
+from inflora.data.tasks import Task, class_to_task
 from inflora.parts import adapters
 from inflora.parts.adapter_sets import AdapterSetMethod
 from inflora.parts.classifier_alignment import ClassifierAlignment
