@@ -1,4 +1,4 @@
-"""Copies to the device that the host does not wait for."""
+"""Copies to the device and from it that the host does not wait for."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     at every batch. Pinned memory it reads by itself.
     """
     return pinned(tensor, device).to(device, non_blocking=_is_to_be_read(tensor, device))
+
+
+class Arriving:
+    """A tensor's copy in host memory, which the host waits for when it asks for it, and then for nothing queued later."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        is_queued = tensor.device.type in READS_PINNED_MEMORY
+        self._copy = tensor.to("cpu", non_blocking=is_queued)
+        self._event = torch.get_device_module(tensor.device).Event() if is_queued else None
+        if self._event is not None:
+            self._event.record()
+
+    def get(self) -> Tensor:
+        """The copy, complete."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy
 
 
 def _is_to_be_read(tensor: Tensor, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointError as RecomputationError
 
 from inflora.checkpoint import CheckpointError, CheckpointFolder
 from inflora.data.tasks import Task, TaskSequence
+from inflora.device import Arriving, to_device
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
@@ -93,6 +94,7 @@ class Trainer:
         self.show_progress = show_progress
         self.probe = InterferenceProbe()
         self._stop_requested = False
+        self._stop_vote = Arriving(torch.tensor(False))  # whether any process was asked to stop before its latest step
 
     # ---- the loop ----
 
@@ -168,14 +170,15 @@ class Trainer:
         """One batch: the optimiser steps of every loss the method gives.
 
         Returns:
-            Whether the run shall stop. A signal may come between any two lines, so the processes do what was agreed with the gradients.
+            Whether the run shall stop. A signal may come between any two lines, so several processes do what they agreed with the
+            gradients of the batch before: this one's are still on their way.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        latest, stop = None, False
+        latest, vote_before = None, self._stop_vote
         optimizer.zero_grad()
         for loss in self._backward_passes(method, x, y, global_size):
             if self.fabric.world_size > 1:
-                stop = sum_gradients(parameters, self._stop_requested)
+                self._stop_vote = Arriving(sum_gradients(parameters, self._stop_requested))
             if self.grad_clip is not None:
                 self.fabric.clip_gradients(method, optimizer, max_norm=self.grad_clip, error_if_nonfinite=False)
             optimizer.step()
@@ -183,7 +186,7 @@ class Trainer:
             optimizer.zero_grad()
             latest = loss
         meter.add(torch.zeros((), device=x.device) if latest is None else latest, len(x) / global_size)
-        return stop if self.fabric.world_size > 1 else self._stop_requested
+        return bool(vote_before.get()) if self.fabric.world_size > 1 else self._stop_requested
 
     def _backward_passes(self, method: Method, x: Tensor, y: Tensor, global_size: int) -> Iterator[Tensor | None]:
         """The gradients of every loss that the method gives for the batch, computed when asked for.
@@ -456,23 +459,25 @@ def trainable_groups(method: Method, rates: dict[str, float]) -> list[dict[str, 
         for parameter in parameters:
             parameter.requires_grad_(True)
         if parameters:
-            groups.append({"params": parameters, "lr": rates[group["role"]], "role": group["role"]})
+            groups.append({"lr": rates[group["role"]], **group, "params": parameters})
     return groups
 
 
-def sum_gradients(parameters: Sequence[Tensor], flag: bool) -> bool:
-    """Sum the gradients over the processes, in one message; returns whether any process raised its flag.
+def sum_gradients(parameters: Sequence[Tensor], flag: bool) -> Tensor:
+    """Sum the gradients over the processes, in one message; returns () whether any process raised its flag, on the gradients' device.
 
-    A parameter that has a gradient in no process gets none: optimisers pass over it, where zeros would still decay and move it.
+    A parameter that has a gradient in no process gets none: optimisers pass over it, where zeros would still decay and move it. Only a
+    process that lacks a gradient waits for the device, to hear whether another has it.
     """
+    has_own = [p.grad is not None for p in parameters]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    marks = gradients[0].new_tensor([float(p.grad is not None) for p in parameters] + [float(flag)])
+    marks = to_device(torch.tensor([*has_own, flag], dtype=gradients[0].dtype), gradients[0].device)
     flat = sum_over_processes(torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks]))
     *sums, marks = flat.split([*(p.numel() for p in parameters), len(marks)])
-    *has_gradient, is_flagged = (marks > 0).tolist()
-    for parameter, total, exists in zip(parameters, sums, has_gradient, strict=True):
+    has_any = has_own if all(has_own) else (marks[:-1] > 0).tolist()
+    for parameter, total, exists in zip(parameters, sums, has_any, strict=True):
         parameter.grad = total.view_as(parameter) if exists else None
-    return is_flagged
+    return marks[-1] > 0
 
 
 @torch.inference_mode()

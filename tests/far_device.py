@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,11 +50,13 @@ class Notes:
     Attributes:
         waits: what the host waited for, where `watching`.
         draws: random numbers drawn there: other ones than a CPU draws.
+        queue: copies on their way to the host, which holds other numbers until an event after them is waited for, and what they bring.
     """
 
     watching: bool = True
     waits: list[str] = field(default_factory=list)
     draws: list[str] = field(default_factory=list)
+    queue: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def wait(self, what: str) -> None:
         if self.watching:
@@ -142,6 +145,10 @@ class _Mode(TorchDispatchMode):
             if not (queued and hasattr(source, "is_pinned_here")) and not (is_in_place and source.dim() == 0):
                 self.notes.wait("copy from ordinary memory")
         elif not to_far and isinstance(source, FarTensor):
+            if queued and not is_in_place:  # CUDA copies to pinned memory then
+                arriving = torch.full_like(source.numbers, -1, device="cpu")
+                self.notes.queue.append((arriving, source.numbers.clone()))
+                return arriving
             self.notes.wait("copy to the host")
         result = operation(*tree_map(_near, arguments), **options)
         if is_in_place:
@@ -185,6 +192,18 @@ def _written(operation: Any, arguments: Sequence[Any], options: dict[str, Any]) 
     return [leaf for name in changed for leaf in tree_leaves(named.get(name)) if isinstance(leaf, FarTensor)]
 
 
+class _Event:
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    def record(self) -> None:
+        self.before = self.notes.queue.copy()
+
+    def synchronize(self) -> None:
+        for arriving, numbers in self.before:
+            arriving.copy_(numbers)
+
+
 class _Accelerator(CPUAccelerator):
     def setup_device(self, device: torch.device) -> None:
         pass
@@ -194,7 +213,8 @@ class _Accelerator(CPUAccelerator):
 def far_device() -> Iterator[Notes]:
     """A device `FAR`, on which runs of this process and thread take place."""
     notes = Notes()
-    autocast, original = torch.autocast, torch.tensor
+    autocast, original, device_module = torch.autocast, torch.tensor, torch.get_device_module
+    events = SimpleNamespace(Event=lambda: _Event(notes))
 
     class Autocast(autocast):  # of the far type there is none; in full precision it has nothing to do
         def __init__(self, device_type: str, *arguments: Any, **options: Any) -> None:
@@ -212,6 +232,7 @@ def far_device() -> Iterator[Notes]:
         patch.setattr(torch, "autocast", Autocast)
         patch.setattr(torch, "tensor", tensor)
         patch.setattr("inflora.device.READS_PINNED_MEMORY", {FAR.type})
+        patch.setattr(torch, "get_device_module", lambda *device: events if device == (FAR,) else device_module(*device))
         patch.setattr("inflora.run.make_fabric", fabric)
         patch.setattr("lightning_fabric.fabric._has_meta_device_parameters_or_buffers", lambda *arguments, **options: False)
         patch.setattr(trainer, "evaluate", torch.no_grad()(trainer.evaluate.__wrapped__))  # type: ignore[attr-defined]  # inference tensors take no subclass

@@ -13,9 +13,9 @@ from torch import Tensor
 from inflora.data import tasks
 from inflora.data.cache import VariableImages
 from inflora.data.transforms import build_transforms
-from inflora.device import to_device
+from inflora.device import Arriving, to_device
 from inflora.metrics import TestCounter
-from inflora.trainer import Trainer
+from inflora.trainer import Trainer, sum_gradients
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -79,6 +79,16 @@ def test_what_does_not_wait_is_not_noted():
         x[to_device(torch.tensor([3, 1]), FAR)] += 1
         x[x > 3] = 0
         x.zero_().fill_(torch.tensor(2.0))
+        assert not notes.waits
+
+
+def test_a_copy_on_its_way_to_the_host_has_to_be_waited_for():
+    with far_device() as notes:
+        x = to_device(torch.arange(3.0), FAR)
+        assert (x.to("cpu", non_blocking=True) == -1).all(), "not there yet"
+        arriving = Arriving(x)
+        x += 1
+        assert arriving.get().tolist() == [0, 1, 2]
         assert not notes.waits
 
 
@@ -157,6 +167,23 @@ def test_no_batch_waits(view, images, transform, monkeypatch):
         notes.waits.clear()
         assert [len(x) for x, _ in passes[1]] == [4, 4]
     assert notes.waits == [] and notes.draws == []
+
+
+@pytest.mark.parametrize("lacks_gradient", [False, True])
+def test_processes_add_their_gradients_without_waiting(lacks_gradient, monkeypatch):
+    """What another process asks for comes with them. Only one that lacks a gradient waits, to hear whether another has it."""
+    with far_device() as notes:
+        parameters = [torch.nn.Parameter(to_device(torch.zeros(2), FAR)) for _ in range(2)]
+        for parameter in parameters[lacks_gradient:]:
+            parameter.grad = to_device(torch.ones(2), FAR)
+        notes.waits.clear()
+        other = to_device(torch.tensor([1.0, 1, 2, 2, 1, 1, 1]), FAR)
+        monkeypatch.setattr("inflora.trainer.sum_over_processes", lambda own: own.add_(other))
+        vote = Arriving(sum_gradients(parameters, False))
+        assert len(notes.waits) == lacks_gradient
+        assert vote.get().item() is True
+        gradients: Any = [parameter.grad for parameter in parameters]
+        assert [gradient.tolist() for gradient in gradients] == [[1.0 + (not lacks_gradient)] * 2, [3.0, 3.0]]
 
 
 @pytest.mark.slow

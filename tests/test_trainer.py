@@ -282,7 +282,7 @@ def test_gradients_are_summed_and_missing_ones_stay_missing(monkeypatch):
     both.grad = torch.tensor([1.0, 2.0])
     of_the_other_process = torch.tensor([10.0, 20.0, 3.0, 4.0, 5.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     monkeypatch.setattr(trainer, "sum_over_processes", lambda flat: flat.add_(of_the_other_process))
-    assert trainer.sum_gradients([both, other, neither], False) is True, "the other process was asked to stop"
+    assert trainer.sum_gradients([both, other, neither], False).item() is True, "the other process was asked to stop"
     assert both.grad.tolist() == [11.0, 22.0]
     assert other.grad is not None and other.grad.tolist() == [3.0, 4.0, 5.0]
     assert neither.grad is None
