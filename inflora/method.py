@@ -74,8 +74,8 @@ class Method(nn.Module):
     def param_groups(self) -> list[dict[str, Any]]:
         """What trains in this stage, as optimiser groups.
 
-        Each group has `params` and `role`: `"branch"` trains at `optimizer.lr`, `"head"` at `optimizer.head_lr`. An empty list means that
-        nothing trains, and the stage has no epochs.
+        Each group has `params` and `role`: `"branch"` trains at `optimizer.lr`, `"head"` at `optimizer.head_lr`; a group with a rate of its
+        own says so by `lr`. An empty list means that nothing trains, and the stage has no epochs.
         """
         raise NotImplementedError
 

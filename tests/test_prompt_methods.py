@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import toy
-from learning import Fit, build, learn, scores, tensors, test_images
+from learning import Fit, build, changed, learn, scores, tensors, test_images
 from torch import Tensor, nn
 
 from inflora.interference import InterferenceProbe
@@ -17,6 +17,7 @@ from inflora.methods.l2p import L2P
 from inflora.parts.centroids import ClassCentroids
 from inflora.parts.contrast import contrastive
 from inflora.parts.prompts import PrefixAttention, PromptMethod, choose_blocks, cosines, install_prefixes, prefixes, remove_prefixes
+from inflora.trainer import trainable_groups
 
 METHODS = {
     "l2p": ["method=l2p"],
@@ -591,6 +592,20 @@ def test_hide_prompt_s_two_classifiers_do_not_see_each_other():
     torch.testing.assert_close(method.e_prompts[1].grad, gradient)
 
 
+def test_hide_prompt_s_classifier_of_tasks_has_epochs_and_a_rate_of_its_own():
+    states = []
+    for epochs in (1, 3):
+        method: HidePrompt = prompt_method("hide_prompt", task_epochs=1, task_lr=0.003)
+        fit = Fit(method, toy.sequence()[0]).begin()
+        assert [group["lr"] for group in trainable_groups(method, {"branch": 1.0, "head": 2.0})] == [1.0, 0.003, 2.0]
+        before = tensors(method)
+        fit.train(epochs)
+        states.append(tensors(method))
+    own = {name for name in before if name.startswith("task_")}
+    assert changed(before, states[0]) == own | {"e_prompts.0", "heads.heads.0.weight", "heads.heads.0.bias"}
+    assert changed(*states) == {"e_prompts.0", "heads.heads.0.weight", "heads.heads.0.bias"}
+
+
 def test_contrastive_term_by_hand():
     features, centers = noise(3, 5), noise(2, 5, seed=1)
     rows = [*centers, *features]
@@ -732,6 +747,7 @@ def test_a_class_has_no_more_centroids_than_different_images():
         (HidePrompt, {"statistics": "mean"}, "method.statistics=mean is not known; choose one of centroids, covariance"),
         (HidePrompt, {"num_centroids": 0}, "method.num_centroids=0 is out of range; choose 1 or more"),
         (HidePrompt, {"contrast_images": 0}, "method.contrast_images=0 is out of range; choose 1 or more"),
+        (HidePrompt, {"task_epochs": 0}, "method.task_epochs=0 is out of range; choose 1 or more"),
         (HidePrompt, {"align_samples": 0}, "method.align_samples=0 is out of range; choose 1 or more"),
         (HidePrompt, {"length": 1}, "method.length=1 cannot be halved"),
         (CodaPrompt, {"blocks": [5]}, r"method.blocks=\[5\] does not fit this backbone"),

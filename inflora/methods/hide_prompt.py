@@ -36,8 +36,8 @@ class HidePrompt(PromptMethod):
     (2 * mlp_ratio * embed_dim + mlp_ratio + 3) * embed_dim, and the second heads.
 
     Readings: the code trains the classifier of tasks in a run of its own, with other epochs and rates; its parameters are disjoint from the
-    rest, so here it trains in the same epochs, at optimizer.head_lr (`trainer.grad_clip` sees the gradients of both together, the code
-    each alone). The code mixes up keys and values of the images of a batch (the reshape of the DualPrompt port); here they stay apart.
+    rest, so here it trains beside it, in the first `task_epochs` epochs of a task (`trainer.grad_clip` sees the gradients of both together,
+    the code each alone). Heads start as torch's linear layers do, in the code with a standard deviation of 0.02 and no bias. The code mixes up keys and values of the images of a batch (the reshape of the DualPrompt port); here they stay apart.
     `length` counts tokens for keys and values together (10 for the code's 5). With several processes each contrasts its own images, as in
     the code, whose eight see 24 each: `contrast_images` gives that to one process. A centroid of a single image is not drawn from in the
     alignments, as in the code.
@@ -52,6 +52,8 @@ class HidePrompt(PromptMethod):
         mlp_ratio: width of the MLP, in embed_dim.
         statistics: centroids (as published) or covariance.
         num_centroids: of a class, for centroids.
+        task_epochs: epochs of a task in which the classifier of tasks trains; None: all.
+        task_lr: its rate there, which follows the schedule; None: optimizer.head_lr.
         align_epochs: of both alignments, at rates that fall to zero on a cosine; each has as many steps as there are old classes.
         align_samples, task_align_samples: features in a step, of the heads and of the classifier of tasks.
         align_lr, task_align_lr: of the heads, and of the classifier of tasks.
@@ -72,6 +74,8 @@ class HidePrompt(PromptMethod):
         mlp_ratio: int,
         statistics: Literal["centroids", "covariance"],
         num_centroids: int,
+        task_epochs: int | None,
+        task_lr: float | None,
         align_epochs: int,
         align_samples: int,
         task_align_samples: int,
@@ -83,6 +87,8 @@ class HidePrompt(PromptMethod):
             contrast_images=(1 if contrast_images is None else contrast_images, 1),
             mlp_ratio=(mlp_ratio, 1),
             num_centroids=(num_centroids, 1),
+            task_epochs=(1 if task_epochs is None else task_epochs, 1),
+            task_lr=(0 if task_lr is None else task_lr, 0),
             align_epochs=(align_epochs, 1),
             align_samples=(align_samples, 1),
             task_align_samples=(task_align_samples, 1),
@@ -96,7 +102,7 @@ class HidePrompt(PromptMethod):
         half = half_length(length, "length")
         super().__init__(backbone, blocks=choose_blocks(backbone, blocks, "method.blocks", (0, 5)))
         self.momentum, self.contrast, self.contrast_images = momentum, contrast, contrast_images
-        self.align_epochs = align_epochs
+        self.task_epochs, self.task_lr, self.align_epochs = task_epochs, task_lr, align_epochs
         self.align = {"samples": align_samples, "rate": align_lr}
         self.task_align = {"samples": task_align_samples, "rate": task_align_lr}
         embed_dim = self.heads.embed_dim
@@ -116,12 +122,14 @@ class HidePrompt(PromptMethod):
 
     def begin_epoch(self, epoch: int) -> None:
         self.centers = self.statistics.centers()  # not in every step: to find out how many there are waits for the device
+        self.trains_task_classifier = self.task_epochs is None or epoch < self.task_epochs
 
     def param_groups(self) -> list[dict[str, Any]]:
-        heads = [self.task_mlp, self.task_heads.current, self.heads.current]
+        own_rate = {} if self.task_lr is None else {"lr": self.task_lr}
         return [
             {"params": [self.e_prompts[-1]], "role": "branch"},
-            {"params": [parameter for module in heads for parameter in module.parameters()], "role": "head"},
+            {"params": [*self.task_mlp.parameters(), *self.task_heads.current.parameters()], "role": "head", **own_rate},
+            {"params": list(self.heads.current.parameters()), "role": "head"},
         ]
 
     def current_prompt(self) -> Tensor:
@@ -134,9 +142,10 @@ class HidePrompt(PromptMethod):
         return self.prompted(x, dict(zip(self.blocks, prompt.unsqueeze(1).expand(-1, len(x), -1, -1, -1), strict=True)))
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        task_loss = F.cross_entropy(*self.task_heads.local(self.task_mlp(self.query(x)), y))
         features = self.with_prompt(x, self.current_prompt())
-        loss = self.local_cross_entropy(features, y) + task_loss
+        loss = self.local_cross_entropy(features, y)
+        if self.trains_task_classifier:
+            loss = loss + F.cross_entropy(*self.task_heads.local(self.task_mlp(self.query(x)), y))
         return loss + self.contrast * self.contrastive(features) if self.contrast else loss
 
     def contrastive(self, features: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class MOS(AdapterSetMethod):
     Official code: github.com/sun-hailong/AAAI25-MOS, also in LAMDA-PILOT. There the merging is applied not only after each step, as in the
     paper, but also in every forward pass, once per block, and in place: in training (momentum = 0.75 here comes near it), and when
     statistics are taken and images tested, so that a score depends on the batches before it. Here only steps merge. There dropout is on
-    when the class means of later tasks are taken, and old heads decay while a task trains; not here.
+    when the class means of later tasks are taken, and old heads decay while a task trains; not here. Heads start there with a standard
+    deviation of 0.02 and no bias, here as torch's linear layers do.
 
     Args:
         backbone: a timm vision transformer without head.
