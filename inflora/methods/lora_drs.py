@@ -54,7 +54,8 @@ class LoRADRS(LowRankMethod):
     Official code: scarlet0703/LoRA-Sub-DRS, read in a later fork at the authors' last commit. What is here follows it where the paper says
     less: the projector's norm, which makes later tasks' steps shorter; the input space's projector on the output side of `lora_B`; the
     projection of Adam's step, not of the gradient; and a `lora_B` that starts with one entry of standard deviation 0.01 in every column.
-    Departures: branches are merged (the code sums all of them in every pass), decompositions run in float64.
+    Departures: branches are merged (the code sums all of them in every pass), decompositions run in float64, Adam's epsilon is torch's (the
+    code adds it before the bias correction).
 
     Loss: cross-entropy over the current task's classes + `triplet` * triplet loss. With several processes each looks for triplets in its
     own part of the batch. Trains: per adapted block 4 * rank * embed_dim floats, and the current head. Stores between tasks: the weights,

@@ -20,8 +20,9 @@ class OLoRA(LowRankMethod):
     inputs: a weaker condition than InfLoRA's.
 
     Paper: Wang, Chen, Ge, Xia, Bao, Zheng, Zhang, Gui & Huang, "Orthogonal Subspace Learning for Language Model Continual Learning".
-    Official code: cmnfriend/O-LoRA, for T5 and LLaMA (rank 8 on queries and values, scale 4, dropout 0.1, rate 1e-3, one epoch). There is
-    no vision setting of the authors: keys and values, scale 1 and no dropout are ours, as for the other low-rank methods here.
+    Official code: cmnfriend/O-LoRA, for T5 and LLaMA (rank 8 on queries and values, scale 4, dropout 0.1, rate 1e-3, for LLaMA 1e-4 from
+    the second task on, one epoch). There is no vision setting of the authors: keys and values, scale 1 and no dropout are ours, as for the
+    other low-rank methods here.
 
     Readings: the paper squares the products, the code sums their absolute values (`overlap`: "l2", "l1"). Rows are not normalised there, so
     a shorter `lora_A` with a longer `lora_B` lowers the penalty for nothing; `normalise` compares directions instead. The code adds the

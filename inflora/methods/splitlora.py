@@ -36,8 +36,9 @@ class SplitLoRA(LowRankMethod):
 
     Paper: Qiu, Zhang, Qiao, Guan, Zhang & Nie, "SplitLoRA: Balancing Stability and Plasticity in Continual Learning Through Gradient Space
     Splitting", ICLR 2026, arXiv 2505.22370. Official code: iLearn-Lab/ICLR26-SplitLoRA. What is here follows the code, which stores inputs
-    where the paper speaks of gradients. Departures: decompositions in float64; every head is drawn anew (there the second task goes on from
-    the first one's where the sizes agree); moments are taken over one augmented view of each image, not ten.
+    where the paper speaks of gradients. Departures: decompositions in float64; every head is drawn anew, as torch's linear layers are
+    (there the first as timm's, and the second task goes on from it where the sizes agree); moments are taken over one augmented view of
+    each image, not ten.
 
     Loss: cross-entropy over the current task's classes, of scores divided by `temperature`. Trains: per adapted block
     2 * rank * embed_dim floats, and the current head. Stores between tasks: the weights, the heads, and per adapted block embed_dim^2
