@@ -54,7 +54,7 @@ Installed as a package, `inflora-train` takes the place of `python train.py`.
 """
 
 FOOT = """\
-found by name, where there is one (a run prints which; ~recipe, ~inputs or ~tuning leaves it out)
+found by name, where there is one (a run prints which; '~recipe', '~inputs' or '~tuning' leaves it out)
   recipe   conf/recipe/<dataset>_<method>.yaml     the published hyper-parameters of the pair
   inputs   conf/inputs/<backbone>_<dataset>.yaml   how the images reach another backbone than the published one
   tuning   conf/tuning/<backbone>_<method>.yaml    the method's rates on another backbone
@@ -242,7 +242,7 @@ def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
     choice, found = hydra_config.runtime.choices.scheduler, str(cfg.scheduler._target_)
     is_typed = any(override.startswith("scheduler=") for override in hydra_config.overrides.task)
     if is_typed and f"inflora.schedule.{choice}" != found and found.startswith("inflora.schedule."):
-        raise ValueError(f"scheduler={choice} does not change the schedule that the recipe of this pair brings ({found}); add ~recipe")
+        raise ValueError(f"scheduler={choice} does not change the schedule that the recipe of this pair brings ({found}); add '~recipe'")
 
 
 def applied_files(hydra_config: Any) -> Iterator[str]:

@@ -191,7 +191,7 @@ def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
         return
     unknown = _unknown_arguments(target, settings)
     wrong = [key for key, value in settings.items() if key in hints and not _fits(value, hints[key])]
-    faults = [f"{group}.{key} is no setting of {settings['_target_']}; remove it with ~{group}.{key}" for key in unknown]
+    faults = [f"{group}.{key} is no setting of {settings['_target_']}; remove it with '~{group}.{key}'" for key in unknown]
     faults += [f"{group}.{key}={settings[key]} does not fit; it must be {_in_words(hints[key])}" for key in wrong]
     if faults:
         raise ConfigurationError("\n".join(faults))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora import config as configuration
-from inflora.run import USER_ERRORS, build, finished_run, is_cpu, last_run_event, load_images, load_trained, make_fabric
+from inflora.run import USER_ERRORS, build, finished_run, full_float32, is_cpu, last_run_event, load_images, load_trained, make_fabric
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 
@@ -25,6 +25,7 @@ TOLERANCE = 0.0005
 a task is always allowed."""
 
 
+@full_float32()
 def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Test the final model of a finished run.
 

@@ -112,7 +112,25 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
         if not (folder / "report" / "report.html").exists():  # it was killed in between
             print(f"It has no report yet; python -m inflora.report {folder} --out {folder / 'report'} writes it")
         return finished
-    return _launch(make_fabric(plain["trainer"]), plain, origin)
+    with full_float32():
+        return _launch(make_fabric(plain["trainer"]), plain, origin)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, precision 32 has all its bits: cuDNN by itself computes the patch embedding with ten.
+
+    Fabric recommends at every start to have no more in any product, which is not printed.
+    """
+    fabric_log = logging.getLogger("lightning_fabric")
+    level, allowed = fabric_log.level, torch.backends.cudnn.allow_tf32
+    fabric_log.setLevel(logging.WARNING)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+        fabric_log.setLevel(level)
 
 
 def make_fabric(trainer: dict[str, Any]) -> Fabric:
@@ -130,8 +148,6 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         raise ValueError(f"{here} processes on this machine exceed its {torch.cuda.device_count()} CUDA devices; lower trainer.num_devices")
     if trainer["precision"] == "16" and is_cpu(device):
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
-    torch.backends.cudnn.allow_tf32 = False  # the patch embedding of precision 32 would have ten bits
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # at every start it recommends such products
     return Fabric(
         accelerator=device,
         devices=here,
@@ -220,6 +236,7 @@ def _stop_signals_handed_on() -> Iterator[None]:
         raise
 
 
+@full_float32()  # again for a spawned process, which knows nothing of its parent's settings
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
     # Processes that a launcher has started have each composed the configuration, and the default folder has the time in its name.

@@ -123,11 +123,11 @@ def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path,
         (["trainer.device=tpu"], "trainer.device=tpu is not known; choose one of auto, cpu, cuda, mps"),
         (
             ["dataset=cifar100_10task", "method=inflora_ca", "scheduler=constant"],
-            "scheduler=constant does not change the schedule that the recipe of this pair brings (inflora.schedule.step); add ~recipe",
+            "scheduler=constant does not change the schedule that the recipe of this pair brings (inflora.schedule.step); add '~recipe'",
         ),
         (
             ["+dataset.options.colour=1"],
-            "dataset.options.colour is no setting of inflora.data.datasets.digits; remove it with ~dataset.opt",
+            "dataset.options.colour is no setting of inflora.data.datasets.digits; remove it with '~dataset.opt",
         ),
         (
             ["-m", "dataset=imagefolder", "dataset.root=flowers,birds"],
@@ -166,7 +166,7 @@ def test_a_wrong_command_line(cli: Cli, arguments, sentence, tmp_path: Path, mon
         (["backbone.name=resnet18.a1_in1k"], "is not a vision transformer with a class token, which every method here needs"),
         (["backbone.checkpoint=/nowhere.pth"], "backbone.checkpoint=/nowhere.pth does not exist; give a .pth, .npz or .safetensors file"),
         (["optimizer=sgd", "optimizer.head_lr=1e38", "trainer.epochs=3"], "lower optimizer.lr and optimizer.head_lr"),
-        (["scheduler=cosine", "+scheduler.lag=1"], "scheduler.lag is no setting of inflora.schedule.cosine; remove it with ~scheduler.lag"),
+        (["scheduler=cosine", "+scheduler.lag=1"], "scheduler.lag is no setting of inflora.schedule.cosine; remove it with '~scheduler"),
         (["scheduler=step", "scheduler.milestones=[x]"], "scheduler.milestones=['x'] does not fit; it must be a list, each item a whole"),
         (["tracker=wandb", "tracker.mode=of"], "tracker.mode=of is not known; choose online, offline, disabled or null"),
     ],

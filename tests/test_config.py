@@ -242,7 +242,7 @@ def test_arguments_are_compared_with_their_types():
     fine: dict[str, Any] = {"_target_": "test_config.Plugin", "count": 3, "share": 1, "names": ["x"], "mode": "c", "on": False}
     config.check_arguments("method", fine)
     config.check_arguments("method", fine | {"names": None})
-    sentence = r"^method\.other is no setting of test_config\.Plugin; remove it with ~method\.other$"
+    sentence = r"^method\.other is no setting of test_config\.Plugin; remove it with '~method\.other'$"
     with pytest.raises(ConfigurationError, match=sentence):
         config.check_arguments("method", fine | {"other": 1})
     with pytest.raises(ConfigurationError) as error:

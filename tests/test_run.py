@@ -27,7 +27,8 @@ from torch.multiprocessing import ProcessExitedException
 
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
-from inflora.run import Origin, _stop_signals_handed_on, run, started_by_launcher
+from inflora.evaluate import evaluate_run
+from inflora.run import Origin, _process, _stop_signals_handed_on, run, started_by_launcher
 from inflora.trackers import read_matrix
 from inflora.trainer import Interrupted, Trainer
 
@@ -428,7 +429,8 @@ def process_state() -> dict[str, Any]:
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "torch": (
             torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_device(),
-            torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
         ),
         "warnings": list(warnings.filters),
         "environment": dict(os.environ),
@@ -447,6 +449,20 @@ def test_a_run_leaves_nothing_behind(method, tmp_path):
         with pytest.raises(RuntimeError, match=r"the loss is nan at step 1 of task 0, epoch 0"):
             run_toy(tmp_path, *DIVERGING, "+method.task=0", "+method.step=1")
     assert process_state() == before
+
+
+def test_precision_32_has_all_its_bits(tmp_path, monkeypatch):
+    """In training, in a test of a finished run, and in a spawned process, which begins with torch's own settings."""
+    honest, seen = torch.nn.Conv2d.forward, []
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or honest(*args))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for work in (lambda: run_toy(tmp_path), lambda: evaluate_run(tmp_path)):
+        seen.clear()
+        work()
+        assert set(seen) == {False} and torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr("inflora.run._train", lambda *_: torch.backends.cudnn.allow_tf32)
+    fabric: Any = SimpleNamespace(broadcast=lambda own: own, is_global_zero=False, world_size=1)
+    assert _process(fabric, {"output_dir": str(tmp_path)}, Origin({})) is False
 
 
 DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]

@@ -524,7 +524,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t.add_argument("--ema-decay", type=float, default=0.99, help="of the averaged weights, per step")
     t.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: CUDA, else MPS, else the CPU")
     t.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: pays on a GPU, not on a CPU")
+    t.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile, for a GPU; no use on a CPU")
     t.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
     t.add_argument("--val-stride", type=int, default=5, help="each epoch validates on every n-th image, the end on all")
     t.add_argument("--log-steps", type=int, default=50, help="steps between two log lines")

@@ -37,10 +37,10 @@ class HidePrompt(PromptMethod):
 
     Readings: the code trains the classifier of tasks in a run of its own, with other epochs and rates; its parameters are disjoint from the
     rest, so here it trains beside it, in the first `task_epochs` epochs of a task (`trainer.grad_clip` sees the gradients of both together,
-    the code each alone). Heads start as torch's linear layers do, in the code with a standard deviation of 0.02 and no bias. The code mixes up keys and values of the images of a batch (the reshape of the DualPrompt port); here they stay apart.
-    `length` counts tokens for keys and values together (10 for the code's 5). With several processes each contrasts its own images, as in
-    the code, whose eight see 24 each: `contrast_images` gives that to one process. A centroid of a single image is not drawn from in the
-    alignments, as in the code.
+    the code each alone). Heads start as torch's linear layers do, in the code with a standard deviation of 0.02 and no bias. The code mixes
+    up keys and values of the images of a batch (the reshape of the DualPrompt port); here they stay apart. `length` counts tokens for keys
+    and values together (10 for the code's 5). With several processes each contrasts its own images, as in the code, whose eight see 24
+    each: `contrast_images` gives that to one process. A centroid of a single image is not drawn from in the alignments, as in the code.
 
     Args:
         backbone: a timm vision transformer without head.

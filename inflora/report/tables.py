@@ -42,7 +42,7 @@ MEANINGS = {
     "task given": "last accuracy when the task of every image is given (argmax over the classes of that task).",
     "task found": "share of images whose predicted class belongs to the right task, after the last task.",
     "trained": "parameters trained at a time (in the task that trains most).",
-    "stored": "parameters and statistics kept beside the pretrained backbone at the end.",
+    "stored": "numbers kept beside the pretrained backbone at the end: parameters, statistics, and every pixel of a kept image.",
     "memory": "most memory in use at a time: of the GPU where there is one, else of the whole process, torch included.",
     "macro": "mean over tasks instead of over images.",
     "learning": "mean accuracy on each task right after learning it.",
