@@ -14,8 +14,8 @@ endif
 
 # One stamp for each requirements file: set-up runs once, and again only when the pinned versions change.
 .venv/run.stamp: requirements.txt
-	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
-		$(PYTHON) -c "import sys; sys.exit('Python 3.11 or later is needed; say where it is: make PYTHON=python3.12' if sys.version_info < (3, 11) else 0)" \
+	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 11, 4))" 2>/dev/null || { \
+		$(PYTHON) -c "import sys; sys.exit('Python 3.11.4 or later is needed; say where it is: make PYTHON=python3.12' if sys.version_info < (3, 11, 4) else 0)" \
 		&& $(PYTHON) -m venv --clear .venv; }
 	@$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip --default-pip
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt

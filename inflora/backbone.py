@@ -231,21 +231,27 @@ def timm_model(tag: str, image_size: int, num_classes: int) -> tuple[Any, dict[s
     return timm.create_model(recipe["architecture"], num_classes=num_classes, **recipe["model_args"]), recipe
 
 
-def load_exported(folder: Path) -> tuple[nn.Module, Callable[[Any], Tensor], list[str]]:
+def load_exported(folder: Path, module: str | None = None) -> tuple[nn.Module, Callable[[Any], Tensor], list[str]]:
     """A model that `inflora.export` wrote, as timm loads it, timm's preprocessing (a PIL image to (3, S, S)), and its classes' names.
 
+    Args:
+        folder: what was written.
+        module: what makes timm know the architecture, where timm does not by itself. The folder names it too, but decides nothing.
+
     Raises:
-        ValueError: if the folder holds no such model.
+        ValueError: if the folder holds no such model, or needs another module.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        class_names, module = config["label_names"], config["inflora"]["module"]
+        class_names, needed = config["label_names"], config["inflora"]["module"]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{folder} holds no exported model ({error or type(error).__name__}); `python -m inflora.export RUN_DIR --out DIR` writes one"
         ) from error
     if module:
         _import(module, config["architecture"])
+    if needed and needed != module:
+        raise ValueError(f"the model in {folder} is built by the module {needed}; where that code is to be trusted, add --import {needed}")
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -296,7 +302,7 @@ def _pretrained_file(name: str, config: Mapping[str, Any]) -> Path:
         # The hub client retries a missing network for half a minute, with a line each; one short request finds out quietly.
         check_reachable(hf_hub_url(repository, file_name))
         return Path(hf_hub_download(repository, file_name))
-    except OSError as error:
+    except Exception as error:  # the hub client's own errors, of a connection that breaks off, are no OSError
         raise FileNotFoundError(
             f"the weights of {name} are not on this machine and cannot be downloaded ({error}).\n"
             f"Fetch {file_name} of {repository} on the Hugging Face hub, put it anywhere on this machine, and name it:\n"

@@ -124,7 +124,9 @@ def quoted(argument: str, is_multirun: bool) -> str:
         return argument
     try:
         override = OverridesParser.create().parse_override(argument)
-        if is_multirun or not override.is_sweep_override():
+        is_sweep = override.is_sweep_override()
+        reads_as_number = not is_sweep and isinstance(override.value(), (int, float))
+        if not reads_as_number and (is_multirun or not is_sweep):
             return argument
     except HydraException:
         pass

@@ -30,6 +30,7 @@ class TestCounter:
 
     Attributes:
         counts: (4, T) long, per true task: images, correct, correct within the task, right task. Sums over batches and processes.
+        num_nan: () long, scores that are no numbers: an image with one would count as of that class.
     """
 
     __test__ = False  # not a pytest class, whatever its name
@@ -38,6 +39,7 @@ class TestCounter:
         """`class_to_task`: (num_classes,) long, the task of every class; its device is where the counting happens."""
         self.class_to_task = class_to_task
         self.counts = class_to_task.new_zeros(4, int(class_to_task.max()) + 1)
+        self.num_nan = class_to_task.new_zeros(())
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
         """Count one batch.
@@ -46,6 +48,7 @@ class TestCounter:
             scores: (B, number of classes seen so far), any float type; B may be 0.
             labels: (B,) long, below the number of seen classes.
         """
+        self.num_nan += scores.isnan().sum()
         task_of = self.class_to_task[: scores.shape[1]]
         true_task = task_of[labels]
         predicted = scores.argmax(dim=1)

@@ -4,8 +4,10 @@ A package that declares an entry point in the group `inflora.conf`, whose value 
 `method/my_method.yaml`), adds its choices to Hydra's search path: `method=my_method` then works with no change here.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -16,6 +18,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 ENTRY_POINT_GROUP = "inflora.conf"
 
+log = logging.getLogger(__name__)
+
 
 def own_conf() -> Path:
     """The project's conf/: inside the installed package, or beside it in a clone."""
@@ -25,7 +29,21 @@ def own_conf() -> Path:
 
 def plugin_packages() -> list[str]:
     """Configuration packages of installed plug-ins, sorted by the name of their entry point."""
-    return [point.value for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)]
+    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+    return [point.value for point in points if _is_there(point)]
+
+
+@functools.cache
+def _is_there(point: EntryPoint) -> bool:
+    """Whether the package can be found; of one whose folder is gone or has moved, a line says so, once."""
+    try:
+        files(point.value)
+    except ImportError as error:
+        log.warning(
+            "the plug-in %s is left out: its package %s cannot be imported (%s); reinstall or remove it", point.name, point.value, error
+        )
+        return False
+    return True
 
 
 class PluginSearchPath(SearchPathPlugin):

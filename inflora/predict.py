@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from inflora.backbone import load_exported
+from inflora.data.cache import to_rgb
 from inflora.data.sources import is_image
 from inflora.run import has_device
 
@@ -26,15 +27,16 @@ class Classifier:
     Args:
         folder: what `inflora.export` wrote.
         device: "cpu", "cuda" or "mps".
+        module: the module that makes timm know the architecture, where timm does not by itself.
 
     Raises:
         ValueError: if the folder holds no such model, or torch finds no such device.
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, *, device: str = "cpu", module: str | None = None) -> None:
         if not has_device(device):
             raise ValueError(f"--device={device}, but torch finds no such device on this machine; choose cpu")
-        self.model, self.transform, self.class_names = load_exported(folder)
+        self.model, self.transform, self.class_names = load_exported(folder, module)
         self.model.to(device)
         self.device = device
 
@@ -46,7 +48,7 @@ class Classifier:
         """
         try:
             with Image.open(file) as image:
-                return self.transform(image.convert("RGB"))
+                return self.transform(to_rgb(image))
         except Exception as error:  # damaged files make Pillow raise anything from OSError to SyntaxError
             raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
@@ -85,12 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="image", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, help="how many classes to name for each (default: 3)")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="default: cpu")
+    parser.add_argument("--import", dest="module", metavar="MODULE", help="what makes timm know a backbone of one's own; its code runs")
     given = parser.parse_args(arguments)
     code = 0
     try:
         if given.top < 1:
             raise ValueError(f"--top={given.top} names no class; choose 1 or more")
-        classifier = Classifier(given.model, device=given.device)
+        classifier = Classifier(given.model, device=given.device, module=given.module)
         files = list(image_files(given.images))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -216,4 +216,7 @@ def git_revision() -> dict[str, Any]:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a finished run, or None."""
     file = folder / "summary.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and the same command writes it again") from error

@@ -144,6 +144,8 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
             f"trainer.num_devices={processes}, but {started.by} started {started.total} processes; set trainer.num_devices={started.total}"
         )
     here = processes if started is None else started.here
+    if here > 1 and not torch.cuda.is_available() and torch.backends.mps.is_available() and device in ("auto", "mps"):
+        raise ValueError(f"trainer.num_devices={processes}, but mps is one device; set trainer.num_devices=1, or trainer.device=cpu")
     if torch.cuda.is_available() and device in ("auto", "cuda") and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine exceed its {torch.cuda.device_count()} CUDA devices; lower trainer.num_devices")
     if trainer["precision"] == "16" and is_cpu(device):
@@ -199,12 +201,12 @@ def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, 
     processes = plain["trainer"]["num_devices"]
     spawns = processes > 1 and started_by_launcher(processes) is None
     with _stop_signals_handed_on() if spawns else contextlib.nullcontext():
-        outcome = fabric.launch(_process, plain, origin)  # type: ignore[arg-type]  # it passes the arguments on
+        outcome = fabric.launch(_spawned if spawns else _process, plain, origin)  # type: ignore[arg-type]  # it passes the arguments on
     if isinstance(outcome, BaseException):
         if fabric.global_rank > 0:
             time.sleep(LAST_WORDS_S)
         raise outcome
-    return outcome
+    return read_summary(Path(plain["output_dir"])) if spawns else outcome  # type: ignore[return-value]
 
 
 LAST_WORDS_S = 3.0
@@ -250,12 +252,21 @@ def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
             with failing_together():
                 if fabric.is_global_zero:  # the process that writes, not the one that started it: either may be killed alone
                     held.enter_context(_hold(folder))
-            held.enter_context(_logging(folder, fabric.is_global_zero))
+                held.enter_context(_logging(folder, fabric.is_global_zero))
             return _train(fabric, plain, origin)
     except (*USER_ERRORS, Interrupted, KeyboardInterrupt) as error:
         if fabric.world_size == 1:
             raise
         return error
+
+
+def _spawned(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> BaseException | None:
+    """`_process` without its summary, which the parent reads from the folder.
+
+    What is returned goes through a pipe that is read when the process has ended: a long summary would fill it, and both would wait.
+    """
+    outcome = _process(fabric, plain, origin)
+    return outcome if isinstance(outcome, BaseException) else None
 
 
 @contextmanager
@@ -279,8 +290,8 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         parts = build(fabric, plain)
         _check_begun(folder, parts)
         if fabric.is_global_zero:
-            _write_configuration(folder, plain, origin)
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
+            _write_configuration(folder, plain, origin)  # the last thing that may fail: a finished run that is continued loses its summary
     records = Records(parts.sequence.num_tasks, fabric.device)
     try:
         trainer = Trainer(
@@ -398,7 +409,12 @@ def _look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if plain["resume"] == "never":
         raise ValueError(f"output_dir={folder} holds a run already and resume=never; choose another output_dir")
-    old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        old = None
+    if not isinstance(old, dict):
+        raise ValueError(f"{file} cannot be read as the configuration of a run; choose another output_dir")
     different = config_differences(old, plain, configuration.RESULT_FREE)
     hard = [key for key in different if key not in LENGTH]
     if hard:
@@ -490,7 +506,8 @@ def last_run_event(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_configuration(folder: Path, plain: dict[str, Any], origin: Origin) -> None:
-    (folder / "summary.json").unlink(missing_ok=True)  # of a shorter sequence, which is now continued
+    for file in ("summary.json", "report/report.html"):  # of a shorter sequence, which is now continued
+        (folder / file).unlink(missing_ok=True)
     (folder / ".hydra").mkdir(exist_ok=True)
     for name, text in origin.hydra_files.items():
         (folder / ".hydra" / name).write_text(text, encoding="utf-8")

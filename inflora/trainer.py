@@ -25,7 +25,7 @@ from inflora.device import Arriving, to_device
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
-from inflora.parts.collective import failing_together, sum_over_processes
+from inflora.parts.collective import failing_together, gather_over_processes, sum_over_processes
 from inflora.progress import Display
 from inflora.results import Records, stored_parameters
 from inflora.seeding import seed_everything
@@ -111,6 +111,7 @@ class Trainer:
         """
         with failing_together():
             first_stage, inside = self._restore(method, plan)
+        self._check_position(first_stage, inside)
         tasks = itertools.islice(sequence, first_stage, None)
         with self._stop_signals(), Display(sequence, self.epochs, self.show_progress and self.fabric.is_global_zero) as display:
             for task in tasks:
@@ -325,6 +326,12 @@ class Trainer:
             self.trackers.log("run", plan)
         return stage, inside
 
+    def _check_position(self, stage: int, inside: dict[str, Any] | None) -> None:
+        """Raises CheckpointError in all processes if they go on from different places: each would wait for what the others do not do."""
+        own = torch.tensor([[stage, *((inside["epoch"], inside["step"]) if inside else (-1, -1))]], device=self.fabric.device)
+        if len(gather_over_processes(own).unique(dim=0)) > 1:
+            raise CheckpointError(f"the processes found different checkpoints in {self.folder}; the machines have to share this folder")
+
     def _save_inside(self, method: Method, optimizer: Any, task: Task, position: dict[str, Any]) -> None:
         position |= {"stage": task.index, "optimizer": optimizer.state_dict()}
         self._save(method, position, f"task{task.index}_epoch{position['epoch']}_step{position['step']}")
@@ -487,6 +494,9 @@ def evaluate(method: Method, tasks: Sequence[Task], class_to_task: Tensor, fabri
     Returns:
         (3, num_tasks) shares of each task's images, nan for tasks not tested: class-incremental accuracy, accuracy when the task is given,
         and share whose predicted class belongs to the right task.
+
+    Raises:
+        TrainingError: if a score is nan.
     """
     method.eval()
     counter = TestCounter(class_to_task.to(fabric.device))
@@ -497,4 +507,8 @@ def evaluate(method: Method, tasks: Sequence[Task], class_to_task: Tensor, fabri
                     scores = method.predict(x)
                 counter.update(scores.float(), y)
     sum_over_processes(counter.counts)
-    return counter.rates()
+    sum_over_processes(counter.num_nan)
+    rates = counter.rates()
+    if counter.num_nan > 0:
+        raise TrainingError("scores of test images are nan; look for nan in the weights, lower optimizer.lr, or use trainer.precision=32")
+    return rates

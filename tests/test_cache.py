@@ -230,3 +230,19 @@ def test_map_ahead_passes_errors_on() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+def test_of_sixteen_bits_the_upper_eight_are_kept(kind: str, tmp_path: Path) -> None:
+    values = np.arange(0, 65536, 4096).reshape(4, 4)
+    (tmp_path / "class").mkdir()
+    Image.fromarray(values.astype(kind)).save(tmp_path / "class" / "0.tif")
+    (pixels,), _ = load(tmp_path).fetch(torch.tensor([0]))
+    assert (pixels.numpy() == values >> 8).all()
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "class" / "0.tif")
+    with pytest.raises(ValueError, match=r"image class/0.tif in .* \(its pixels are 32-bit numbers; save it with 8 or 16 bits\)"):
+        load(tmp_path)

@@ -14,15 +14,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers import METHODS, TINY_VIT, Cli, Said, files_of, num_rows, train_py
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from inflora import plugins
 from inflora.checkpoint import lock_run
-from inflora.cli import _continuing, _program
+from inflora.cli import _continuing, _program, quoted
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -462,3 +464,13 @@ def test_an_impatient_interrupt_leaves_without_a_traceback(cli: Cli, tmp_path: P
     assert said.code == 130
     assert "Traceback" not in said.err
     assert "Stopped; what the last checkpoint holds is saved. To continue:\n  python train.py output_dir=" in said.err
+
+
+@pytest.mark.parametrize("is_multirun", [False, True])
+@pytest.mark.parametrize(
+    ("given", "read"), [("1_000", "1_000"), ("12e400", "12e400"), ("007", "007"), ("true", "true"), ("null", None), ("a", "a")]
+)
+def test_a_path_that_reads_as_a_number_stays_a_path(given: str, read: str | None, is_multirun: bool):
+    override = OverridesParser.create().parse_override(quoted(f"dataset.root={given}", is_multirun))
+    value: Any = override.value()
+    assert getattr(value, "text", value) == read

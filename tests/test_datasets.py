@@ -11,6 +11,7 @@ import socket
 import tarfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,6 +291,33 @@ def test_pickles_that_are_no_data_are_refused(content: bytes, reason: str, tmp_p
         ValueError, match=rf"cifar-100-python/train is damaged \(.*{reason}.*\); remove .* to download it again, or replace it"
     ):
         cifar100(tmp_path / "data")
+
+
+@pytest.mark.parametrize("content", [{"data": np.zeros((1, 3072), np.uint8)}, {"fine_labels": [0]}, [1, 2]])
+def test_pickles_of_something_else_are_refused(content: object, tmp_path: Path) -> None:
+    folder = torchvision_layout(tmp_path / "data", write_toy(tmp_path / "toy"))
+    (folder / "test").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"cifar-100-python/test is damaged \(.*\); remove .* to download it again, or replace it"):
+        cifar100(tmp_path / "data")
+
+
+def test_an_archive_with_another_checksum_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = cifar_layout("tar.gz", tmp_path / "data", write_toy(tmp_path / "toy"))
+    cifar100(root)
+    assert "cifar-100-python.tar.gz is not the published archive: its checksum is another" in caplog.text
+
+
+@pytest.mark.parametrize("error", [zlib.error("Error -3 while decompressing data"), EOFError("ends\ntoo early")])
+def test_a_tar_that_cannot_be_decompressed_is_refused(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: object, **__: object) -> None:
+        raise error
+
+    root = cifar_layout("tar.gz", tmp_path / "data", write_toy(tmp_path / "toy"))
+    monkeypatch.setattr(tarfile.TarFile, "extractall", damaged)
+    reason = " ".join(str(error).split())
+    with pytest.raises(ValueError, match=rf"cifar-100-python.tar.gz cannot be unpacked \({reason}\); remove it to download it again"):
+        cifar100(root)
+    assert [path.name for path in root.iterdir()] == ["cifar-100-python.tar.gz"]
 
 
 def test_truncated_tar_is_refused(tmp_path: Path) -> None:

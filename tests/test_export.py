@@ -362,7 +362,11 @@ def test_somebody_elses_backbone(tmp_path: Path):
     said = python("-m", "inflora.export", "run", "--out", "out")
     assert "In timm after `import elsewhere`: timm.create_model" in said
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
-    assert python("-m", "inflora.predict", "out", "black.png").startswith("black.png\t")
+    refused = subprocess.run(
+        [sys.executable, "-m", "inflora.predict", "out", "black.png"], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode == 1 and refused.stderr.endswith("where that code is to be trusted, add --import elsewhere\n")
+    assert python("-m", "inflora.predict", "out", "black.png", "--import", "elsewhere").startswith("black.png\t")
 
 
 def test_the_commands_say_how_they_are_used():

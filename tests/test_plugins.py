@@ -128,3 +128,14 @@ def test_the_command_line_knows_a_plugin(package, tmp_path, no_report, cli: Cli,
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["method"], summary["dataset"]) == ("my_method", "my_images")
     assert "method=my_method " in cli("--help").out
+
+
+def test_a_plugin_whose_code_is_gone_is_left_out(package, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(package)
+    (package / "inflora_lost-1.0.dist-info").mkdir()
+    (package / "inflora_lost-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: inflora-lost\nVersion: 1.0\n")
+    (package / "inflora_lost-1.0.dist-info" / "entry_points.txt").write_text("[inflora.conf]\nlost = inflora_lost.conf\n")
+    for _ in range(2):
+        assert plugins.plugin_packages() == ["inflora_extras.conf"]
+    (record,) = caplog.records
+    assert record.message.startswith("the plug-in lost is left out: its package inflora_lost.conf cannot be imported")

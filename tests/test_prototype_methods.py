@@ -17,6 +17,7 @@ from inflora.data.transforms import build_transforms
 from inflora.methods import ranpac
 from inflora.methods.aper import APER
 from inflora.methods.ease import EASE, SubspacePrototypes
+from inflora.methods.fecam import correlations
 from inflora.methods.ranpac import RIDGES, RanPAC, Ridge, RidgeSums, solve
 from inflora.methods.simplecil import SimpleCIL
 from inflora.parts import adapters
@@ -579,3 +580,16 @@ def test_wrong_arguments_are_refused(make, wrong, message):
 
 def test_simplecil_takes_no_arguments():
     assert SimpleCIL(toy.toy_vit()).param_groups() == []
+
+
+def test_features_that_are_no_numbers_end_ranpac():
+    """Its search for a strength that can be solved with would not end."""
+    ridge = Ridge(3)
+    ridge.strength = 1.0
+    with pytest.raises(ValueError, match="a feature of this task's images is not finite"):
+        ridge.update(torch.full((3, 3), float("nan"), dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64))
+
+
+def test_a_variance_just_below_zero_is_none():
+    covariance = torch.tensor([[-1e-17, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    assert torch.equal(correlations(covariance), torch.eye(2, dtype=torch.float64))

@@ -28,7 +28,7 @@ from torch.multiprocessing import ProcessExitedException
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
 from inflora.evaluate import evaluate_run
-from inflora.run import Origin, _process, _stop_signals_handed_on, run, started_by_launcher
+from inflora.run import Origin, _process, _spawned, _stop_signals_handed_on, run, started_by_launcher
 from inflora.trackers import read_matrix
 from inflora.trainer import Interrupted, Trainer
 
@@ -695,3 +695,31 @@ def test_a_last_step_that_ruins_the_weights_is_not_saved(tmp_path):
 def test_a_rate_that_is_far_too_high_is_named(tmp_path):
     with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step \d of task 0, epoch 0; start again"):
         run_toy(tmp_path, "method=sequential_full", "optimizer=sgd", "optimizer.lr=1e30")
+
+
+def test_a_spawned_process_returns_no_summary(tmp_path, monkeypatch):
+    """It would go through a pipe that nobody reads before the process has ended."""
+    fabric: Any = SimpleNamespace(broadcast=lambda own: own, is_global_zero=False, world_size=2)
+    for found in ({"last_accuracy": 1.0}, ValueError("a fault")):
+        monkeypatch.setattr("inflora.run._process", lambda *_, found=found: found)
+        assert _spawned(fabric, {"output_dir": str(tmp_path)}, Origin({})) is (found if isinstance(found, ValueError) else None)
+
+
+# ---- damaged folders ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"method: [", b"just a sentence", b"\xff\xfe"])
+def test_a_configuration_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read as the configuration of a run; choose another output_dir"):
+        run_toy(tmp_path)
+
+
+def test_a_damaged_summary_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy" / "summary.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match=r"summary.json is damaged \(.*\); remove it, and the same command writes it again"):
+        run_toy(tmp_path / "copy")
+    (tmp_path / "copy" / "summary.json").unlink()
+    run_toy(tmp_path / "copy")
+    assert results(tmp_path / "copy") == results(finished)

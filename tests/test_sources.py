@@ -117,3 +117,28 @@ def test_compressed_tar_is_refused(tmp_path: Path) -> None:
     archive = pack(write(tmp_path / "images", "a/1.png", "b/1.png"), tmp_path / "toy.tar.gz")
     with pytest.raises(ValueError, match=r"toy\.tar\.gz is not a readable zip or uncompressed tar file"):
         find(archive)
+
+
+def test_links_in_a_tar_are_the_files_they_lead_to(tmp_path, caplog):
+    folder = write(tmp_path / "toy", "a/1.png", "b/1.png")
+    os.link(folder / "a" / "1.png", folder / "a" / "2.png")  # of a file with two names a tar holds the second as a link
+    (folder / "b" / "2.png").symlink_to("../a/1.png")
+    (folder / "b" / "3.png").symlink_to("2.png")
+    source = find(pack(folder, tmp_path / "toy.tar"))
+    assert source.paths == ["a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png"]
+    first = (folder / "a" / "1.png").read_bytes()
+    assert [source.read(path) == first for path in source.paths] == [True, True, False, True, True]
+    assert not caplog.records
+    (folder / "b" / "4.png").symlink_to("nowhere.png")
+    (folder / "b" / "5.png").symlink_to("5.png")
+    assert find(pack(folder, tmp_path / "toy.tar")).paths == source.paths
+    (record,) = caplog.records
+    assert "2 links to images lead to no file in it, and are left out, b/4.png for one" in record.message
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    """All images of all classes would be found in it, again and again."""
+    folder = write(tmp_path / "toy", "a/1.png", "b/1.png")
+    (folder / "a" / "loop").symlink_to("..")
+    (folder / "b" / "more").symlink_to(write(tmp_path / "elsewhere", "2.png"))
+    assert find(folder).paths == ["a/1.png", "b/1.png", "b/more/2.png"]

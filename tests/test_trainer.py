@@ -621,3 +621,28 @@ def test_a_compiled_backbone_gives_the_same(tmp_path):
         assert plain.get("protected_dimensions") == compiled.get("protected_dimensions")
         if plain["event"] == "epoch":
             assert plain["loss"] == pytest.approx(compiled["loss"], rel=1e-4)
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_that_are_no_numbers_end_the_run():
+    tasks = toy.sequence(1)
+    method = LinearProbe(toy.toy_vit())
+    method.begin_task(tasks[0])
+    with torch.no_grad():
+        method.heads.current.weight[0, 0] = float("nan")
+    with pytest.raises(trainer.TrainingError, match="scores of test images are nan"):
+        evaluate(method, tasks.tasks, tasks.class_to_task, Fabric(accelerator="cpu", plugins=[LightningEnvironment()]))
+
+
+@pytest.mark.parametrize("other", [[1, -1, -1], [0, 2, 0], [0, 1, 3]])
+def test_processes_go_on_from_one_place(other, monkeypatch):
+    loop = object.__new__(trainer.Trainer)
+    loop.fabric, loop.folder = SimpleNamespace(device="cpu"), Path("run")  # type: ignore[assignment]
+    inside = {"epoch": 1, "step": 0}
+    monkeypatch.setattr(trainer, "gather_over_processes", lambda own: torch.cat([own, own]))
+    loop._check_position(0, inside)
+    monkeypatch.setattr(trainer, "gather_over_processes", lambda own: torch.cat([own, torch.tensor([other])]))
+    with pytest.raises(trainer.CheckpointError, match="the processes found different checkpoints in run; the machines have to share this"):
+        loop._check_position(0, inside)

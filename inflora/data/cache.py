@@ -179,7 +179,7 @@ def decoded(source: Source, name: str) -> ImageStore:
         for old in entry.parent.glob(f"{prefix}-*"):  # earlier states of the same source
             if old != entry:
                 shutil.rmtree(old, ignore_errors=True)
-    store = _open_entry(entry)
+        store = _open_entry(entry)  # inside the lock: another process may take it for an earlier state
     assert store is not None
     return store
 
@@ -238,10 +238,23 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     return np.array(sizes, dtype=np.int64)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in Pillow's mode RGB. Of 16 bits the upper eight are kept; Pillow would make white of all values above 255.
+
+    Raises:
+        ValueError: for pixels whose range is not known.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 def _decode_one(source: Source, path: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(source.read(path))) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(to_rgb(image))
     except Exception as error:  # damaged files make Pillow raise anything from OSError to SyntaxError
         reason = "not an image Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
         raise ValueError(f"image {path} in {source.location} cannot be decoded ({reason}); replace or remove it, then run again") from error

@@ -8,16 +8,17 @@ import contextlib
 import errno
 import hashlib
 import logging
-import os
 import pickle
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Splits:
 
 def hash_paths(paths: Sequence[str]) -> str:
     """SHA-256 of the sorted paths, one a line, each ended by a newline: identifies a set of images."""
-    return hashlib.sha256("".join(f"{path}\n" for path in sorted(paths)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path}\n" for path in sorted(paths)).encode(errors="surrogateescape")).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- digits
@@ -164,19 +165,24 @@ def _unpack_cifar100(archive: Path) -> Path:
 
 
 def _unpack_to(archive: Path, folder: Path) -> Path:
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: containers that share the folder have the same process numbers.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")
         (partial / CIFAR100.base_folder).rename(folder)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
         if _is_cifar100(folder):  # another process was faster
             return folder
         if isinstance(error, OSError) and error.errno in (*_MAY_NOT_WRITE, errno.ENOSPC, errno.EDQUOT):
             raise  # not the archive's fault
-        raise ValueError(f"{archive} cannot be unpacked ({error}); remove it to download it again, or replace it") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{archive} cannot be unpacked ({reason}); remove it to download it again, or replace it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != CIFAR100.tgz_md5:
+        log.warning("%s is not the published archive: its checksum is another", archive)  # its format does not show every damage
     return folder
 
 
@@ -230,22 +236,28 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no data")
 
 
+Content = TypeVar("Content")
+
+
 def _read_cifar100(folder: Path) -> Splits:
-    def load(name: str) -> dict[str, Any]:
+    def load(name: str, make: Callable[[dict[str, Any]], Content]) -> Content:
         try:
             with open(folder / name, "rb") as file:
                 content = _ArrayUnpickler(file, encoding="latin1").load()
-            return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise ValueError(f"{folder / name} is damaged ({error}); remove {folder} to download it again, or replace it") from error
+            return make({key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()})
+        except Exception as error:  # a damaged pickle raises anything
+            raise ValueError(f"{folder / name} is damaged ({error!r}); remove {folder} to download it again, or replace it") from error
 
     def image_set(name: str) -> ImageSet:
-        content = load(name)
-        pixels = torch.from_numpy(np.array(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
-        labels = torch.tensor(content["fine_labels"], dtype=torch.long)
-        return ImageSet(FixedImages(pixels), labels, [f"{name}/{row}" for row in range(len(labels))])
+        def make(content: dict[str, Any]) -> ImageSet:
+            pixels = torch.from_numpy(np.array(content["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels = torch.tensor(content["fine_labels"], dtype=torch.long)
+            return ImageSet(FixedImages(pixels), labels, [f"{name}/{row}" for row in range(len(labels))])
 
-    return Splits(image_set("train"), image_set("test"), list(load("meta")["fine_label_names"]), "official")
+        return load(name, make)
+
+    class_names = load("meta", lambda content: list(content["fine_label_names"]))
+    return Splits(image_set("train"), image_set("test"), class_names, "official")
 
 
 def _by_content(images: ImageSet, name: str, class_names: list[str]) -> ImageSet:
@@ -347,7 +359,7 @@ def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, l
                 "is missing; put them into dataset.root, or choose dataset.split=inflora"
             )
         try:  # with the C parser where there is one: 0.4 s for the published lists
-            content = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             listed = {"/".join(path.split("/")[-2:]): int(label) for path, label in zip(content["data"], content["targets"], strict=True)}
         except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no list file: it needs `data`, a list of paths, and `targets`, a label for each") from error
@@ -370,7 +382,7 @@ def _keep_index(name: str, paths: list[str], train: Tensor, test: Tensor) -> Non
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(["split,path\n", *(f"{part[row]},{paths[row]}\n" for row in sorted(part))]))
+            path.write_text("".join(["split,path\n", *(f"{part[row]},{paths[row]}\n" for row in sorted(part))]), encoding="utf-8")
     except OSError as error:
         log.warning("cannot keep the index of the split: %s", error)
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import tarfile
 import zipfile
@@ -53,7 +54,7 @@ class FolderSource(Source):
         stamps = {}
         for folder in folders:
             for parent, subfolders, files in os.walk(location / folder, followlinks=True):
-                subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+                subfolders[:] = [name for name in subfolders if not _is_hidden(name) and not _leads_back(os.path.join(parent, name))]
                 prefix = Path(parent).relative_to(location).as_posix()
                 for name in filter(is_image, files):
                     stat = os.stat(os.path.join(parent, name))
@@ -90,8 +91,11 @@ def _open_zip(location: Path) -> _Archive:
 
 def _open_tar(location: Path) -> _Archive:
     with tarfile.open(location, "r:") as archive:
-        members = [(member.name.removeprefix("./"), member) for member in archive if member.isfile()]
-    places = {name: (member.offset_data, member.size) for name, member in members if is_image(name)}
+        members = [(name, member) for member in archive if is_image(name := member.name.removeprefix("./"))]
+        files = {name: file for name, member in members if (file := _file_of(archive, member)) is not None}
+    places = {name: (file.offset_data, file.size) for name, file in files.items()}
+    if missing := [name for name, member in members if name not in places and not member.isdir()]:
+        log.warning("%s: %d links to images lead to no file in it, and are left out, %s for one", location, len(missing), missing[0])
 
     def read(name: str) -> bytes:
         offset, size = places[name]
@@ -100,6 +104,25 @@ def _open_tar(location: Path) -> _Archive:
             return file.read(size)
 
     return _Archive(list(places), read)
+
+
+def _file_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """The file that a member is, or that it is a link to (of files with several names a tar holds all but the first as links)."""
+    seen = set()
+    while member.islnk() or member.issym():
+        beside = posixpath.join(posixpath.dirname(member.name), member.linkname)
+        name = member.linkname if member.islnk() else posixpath.normpath(beside)
+        seen.add(member.name)
+        try:
+            member = archive.getmember(name)
+        except KeyError:
+            try:
+                member = archive.getmember(f"./{name}")
+            except KeyError:
+                return None
+        if member.name in seen:
+            return None
+    return member if member.isfile() else None
 
 
 def find_source(root: Path, name: str, accept: Accept, belongs: Callable[[Source], bool] = lambda source: True) -> Source | None:
@@ -167,6 +190,11 @@ def _open_archive(location: Path, accept: Accept) -> Source | None:
         if folders := accept(names):
             return ArchiveSource(location, archive, base, folders)
     return None
+
+
+def _leads_back(folder: str) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    return os.path.islink(folder) and os.path.realpath(folder) in (os.path.realpath(parent) for parent in Path(folder).absolute().parents)
 
 
 def _is_hidden(name: str) -> bool:

@@ -298,7 +298,8 @@ _RECIPES = {
     "lae": _Recipe(),
     "slca": _Recipe("bicubic", "bicubic"),
     "slca_cifar": _Recipe("bicubic", "bicubic", brightness=63 / 255),
-    "jax": _Recipe(square_first=True, keep_ratio=False),
+    # As the JAX originals of L2P and DualPrompt, but for their sampler of boxes, no antialiasing in shrinking, and a second JPEG encoding.
+    "jax": _Recipe(min_scale=0.05, square_first=True, keep_ratio=False),
     "mammoth": _Recipe("bicubic", "bicubic", keep_ratio=False),
     "mammoth_cifar": _Recipe("bicubic", "bicubic", test_margin=False, keep_ratio=False),
 }

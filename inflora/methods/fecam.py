@@ -129,5 +129,5 @@ def shrunk(covariance: Tensor, alpha1: float, alpha2: float) -> Tensor:
 
 def correlations(covariance: Tensor) -> Tensor:
     """(D, D) covariance divided by the product of the standard deviations; a feature that never varies correlates with none."""
-    deviations = covariance.diagonal().sqrt().clamp(min=1e-12)
+    deviations = covariance.diagonal().clamp(min=0).sqrt().clamp(min=1e-12)
     return (covariance / torch.outer(deviations, deviations)).fill_diagonal_(1)

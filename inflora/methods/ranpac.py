@@ -157,6 +157,8 @@ class Ridge(GrowingBuffers):
     def update(self, gram: Tensor, correlations: Tensor) -> None:
         """Add the sums of a task with new classes, and solve; raises `strength` where G demands it."""
         assert self.strength is not None
+        if not gram.isfinite().all():
+            raise ValueError("a feature of this task's images is not finite; lower optimizer.lr, or use trainer.precision=32")
         total = gram if self.gram.numel() == 0 else self.gram.to(gram) + gram
         correlations = torch.cat([self.correlations.to(correlations), correlations], dim=1)
         while (weight := solve(total, correlations, self.strength)) is None:

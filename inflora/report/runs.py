@@ -91,8 +91,8 @@ def read_run(path: Path) -> Run:
     if not (path / "summary.json").exists():
         raise ValueError(f"{path} is unfinished (no summary.json): left out.")
     try:
-        summary = json.loads((path / "summary.json").read_text())
-        config = yaml.safe_load((path / "config.yaml").read_text())
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         accuracy = pd.read_csv(path / "accuracy_matrix.csv").to_numpy(dtype=np.float64)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): left out.") from error
