@@ -26,7 +26,7 @@ class Arriving:
 
     def __init__(self, tensor: Tensor) -> None:
         is_queued = tensor.device.type in READS_PINNED_MEMORY
-        self._copy = tensor.to("cpu", non_blocking=is_queued)
+        self._copy = tensor.to("cpu", non_blocking=is_queued, copy=True)
         self._event = torch.get_device_module(tensor.device).Event() if is_queued else None
         if self._event is not None:
             self._event.record()

@@ -181,7 +181,9 @@ def _unpack_to(archive: Path, folder: Path) -> Path:
         raise ValueError(f"{archive} cannot be unpacked ({reason}); remove it to download it again, or replace it") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != CIFAR100.tgz_md5:
+    with open(archive, "rb") as file:
+        checksum = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+    if checksum.hexdigest() != CIFAR100.tgz_md5:
         log.warning("%s is not the published archive: its checksum is another", archive)  # its format does not show every damage
     return folder
 

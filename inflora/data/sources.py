@@ -8,7 +8,7 @@ import re
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,10 +91,11 @@ def _open_zip(location: Path) -> _Archive:
 
 def _open_tar(location: Path) -> _Archive:
     with tarfile.open(location, "r:") as archive:
-        members = [(name, member) for member in archive if is_image(name := member.name.removeprefix("./"))]
-        files = {name: file for name, member in members if (file := _file_of(archive, member)) is not None}
+        members = {posixpath.normpath(member.name): member for member in archive}
+    images = [name for name, member in members.items() if is_image(name) and not member.isdir()]
+    files = {name: file for name in images if (file := _file_of(name, members)) is not None}
     places = {name: (file.offset_data, file.size) for name, file in files.items()}
-    if missing := [name for name, member in members if name not in places and not member.isdir()]:
+    if missing := [name for name in images if name not in files]:
         log.warning("%s: %d links to images lead to no file in it, and are left out, %s for one", location, len(missing), missing[0])
 
     def read(name: str) -> bytes:
@@ -106,23 +107,15 @@ def _open_tar(location: Path) -> _Archive:
     return _Archive(list(places), read)
 
 
-def _file_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _file_of(name: str, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
     """The file that a member is, or that it is a link to (of files with several names a tar holds all but the first as links)."""
     seen = set()
-    while member.islnk() or member.issym():
-        beside = posixpath.join(posixpath.dirname(member.name), member.linkname)
-        name = member.linkname if member.islnk() else posixpath.normpath(beside)
-        seen.add(member.name)
-        try:
-            member = archive.getmember(name)
-        except KeyError:
-            try:
-                member = archive.getmember(f"./{name}")
-            except KeyError:
-                return None
-        if member.name in seen:
-            return None
-    return member if member.isfile() else None
+    while (member := members.get(name)) is not None and name not in seen:
+        if not (member.islnk() or member.issym()):
+            return member if member.isfile() else None
+        seen.add(name)
+        name = posixpath.normpath(posixpath.join("" if member.islnk() else posixpath.dirname(name), member.linkname))
+    return None
 
 
 def find_source(root: Path, name: str, accept: Accept, belongs: Callable[[Source], bool] = lambda source: True) -> Source | None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inflora.data.tasks import Task
-from inflora.parts.class_statistics import GrowingBuffers
+from inflora.parts.class_statistics import GrowingBuffers, check_finite
 from inflora.parts.collective import sum_over_processes
 from inflora.parts.first_task import VARIANTS, FirstTaskMethod
 
@@ -157,8 +157,7 @@ class Ridge(GrowingBuffers):
     def update(self, gram: Tensor, correlations: Tensor) -> None:
         """Add the sums of a task with new classes, and solve; raises `strength` where G demands it."""
         assert self.strength is not None
-        if not gram.isfinite().all():
-            raise ValueError("a feature of this task's images is not finite; lower optimizer.lr, or use trainer.precision=32")
+        check_finite(gram)
         total = gram if self.gram.numel() == 0 else self.gram.to(gram) + gram
         correlations = torch.cat([self.correlations.to(correlations), correlations], dim=1)
         while (weight := solve(total, correlations, self.strength)) is None:

@@ -103,8 +103,7 @@ class ClassStatistics(GrowingBuffers):
                     squares[label] += own.square().sum(0) if self.kind == "diag" else own.mT @ own
         for total in (counts, sums, squares):
             sum_over_processes(total)
-        if not squares.isfinite().all():
-            raise ValueError("a feature of this task's images is not finite; lower optimizer.lr, or use trainer.precision=32")
+        check_finite(squares)
         self._append(counts, sums, squares)
 
     def _append(self, counts: Tensor, sums: Tensor, squares: Tensor) -> None:
@@ -162,6 +161,12 @@ def cholesky(matrix: Tensor, ridge: float = RIDGE) -> Tensor:
         if not failed:
             return factor
         ridge *= 2
+
+
+def check_finite(sums: Tensor) -> None:
+    """Raises ValueError if sums over the features of a task's images are not finite."""
+    if not sums.isfinite().all():
+        raise ValueError("a feature of this task's images is not finite; lower optimizer.lr, or use trainer.precision=32")
 
 
 def to_float64(tensor: Tensor) -> Tensor:
