@@ -12,14 +12,13 @@ way can enter the protected space, whatever the tolerance. They are found as eig
 faster than singular vectors (dim 768). The square loses every singular value below 1e-8 of the largest; that is less than what a
 covariance in float32 can tell, but in a float64 one the rank could be misjudged: those get the singular value decomposition.
 
-Where only the first few directions of a wide layer are asked for, Lanczos iterations (ARPACK, through scipy) find them in a fraction of
-the time: they apply P and C to one vector at a time, in the layer's own coordinates, and what they find is projected once more.
+Where only the first few directions of a wide layer are asked for, block Lanczos iterations find them in a fraction of the time: they
+apply P and C to a few vectors at a time, in the layer's own coordinates, and what they find is projected once more.
 
 Source: Liang & Li 2024 (InfLoRA, arXiv 2404.00228) and its reference implementation; DualGPM after Liang & Li 2023. Departures are
 stated where they occur.
 """
 
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -29,8 +28,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
-from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 # A sum of squares within this relative distance of the energy it is compared with counts as equal to it. Ties happen only in spectra
@@ -40,17 +37,11 @@ _TIE = 1e-9
 # Singular values below this, relative to the norm, drown when a matrix is squared in float64 (the root of its epsilon, with a margin).
 _SQUARE_LOSES = 1e-7
 
-# From this width on, up to an eighth of the directions are found by iterations; below, a whole decomposition is as fast.
-_WIDE = 256
+# From this width on, a few directions are found by iterations; below, a whole decomposition is as fast.
+_WIDE = 320
 
-# ARPACK's own products are small: with several threads, scipy's would only stand in the way of torch's, which do the large ones.
-_SCIPYS_THREADS = ThreadpoolController().select(internal_api="openblas")
-
-# Where ARPACK starts anew, older versions of scipy draw the same vectors each time; newer ones have to be told.
-_REPEATABLE: dict[str, Any] = {"rng": 0} if "rng" in inspect.signature(eigsh).parameters else {}
-
-# How many directions the first attempt to find those to protect looks for.
-_FEW = 16
+# Vectors that an iteration adds. A product with so many takes about twice as long as one with a single vector (dim 768).
+_BLOCK = 8
 
 # Tokens per float32 product. Without the cut, the rounding of a batch of 128 images (25,000 tokens) is about ten times larger, relative
 # to the sum, for 6 % less time (dim 768, one CPU thread).
@@ -125,7 +116,7 @@ class DualGPM:
 
     def project(self, covariance: Tensor) -> Tensor:
         """P C: the part of `covariance` (dim, dim) whose columns lie in the free space. Computed in float64; dtype and device are kept."""
-        C = _on_cpu(covariance, self.dim)
+        C = _on_cpu(covariance, self.dim).double()
         inside = self.basis @ (self.basis.mT @ C)
         return (inside if self.kind == "retain" else C - inside).to(covariance)
 
@@ -145,14 +136,14 @@ class DualGPM:
         """
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold} is not a fraction of energy; choose a number from 0 to 1")
-        C, rounding = _symmetric(covariance, self.dim)
-        total = C.square().sum() if self.energy == "gram" else C.trace()
+        moment = _Moment.of(covariance, self.dim)
+        total = moment.norm**2 if self.energy == "gram" else moment.C.trace().item()
         if total <= 0:
             return
 
         allowed = (1 - threshold) * total
-        found, rest = self._directions(C, rounding, total, allowed)
-        values = found.values[found.values > rounding]
+        found, rest = self._directions(moment, total, allowed)
+        values = found.values[found.values > moment.rounding]
         energies = values.square() if self.energy == "gram" else values
         missed = energies.flip(0).cumsum(0).flip(0) + rest  # missed[j]: energy still unprotected after adding j directions
 
@@ -177,19 +168,22 @@ class DualGPM:
         # Orthonormal up to rounding already; QR keeps that rounding from adding up over tasks.
         self.basis = torch.linalg.qr(kept).Q.contiguous()
 
-    def _directions(self, C: Tensor, rounding: float, total: Tensor, allowed: Tensor) -> tuple["_Directions", Tensor | float]:
+    def _directions(self, moment: "_Moment", total: float, allowed: float) -> tuple["_Directions", Tensor | float]:
         """Enough leading directions of P C that at most `allowed` energy is left, and how much is left in those not found.
 
         What is left is a difference, and holds what rounding made of the directions not found: both have to be small beside `allowed`.
         """
-        if self.energy == "gram" and allowed > 1e-6 * total and allowed > 1e3 * self.dim * rounding**2:
-            inside = (self.basis.mT @ C).square().sum()
+        if self.energy == "gram" and allowed > 1e-6 * total and allowed > 1e3 * self.dim * moment.rounding**2:
+            inside = (self.basis.mT @ moment.C).square().sum()
             energy = inside if self.kind == "retain" else total - inside
-            for count in (_FEW, self.dim // 8):
-                found = _leading(C, self, rounding, count, two_sided=False)
-                if found is not None and (rest := energy - found.values.square().sum()) < allowed * (1 - _TIE):
-                    return found, rest.clamp(min=0)
-        return _all(C, self.free_basis(), rounding, two_sided=self.energy == "input"), 0.0
+
+            def rest(values: Tensor) -> Tensor:
+                return energy - values.square().sum()
+
+            found = _leading(moment, self, lambda values: bool(rest(values) < allowed * (1 - _TIE)), two_sided=False)
+            if found is not None:
+                return found, rest(found.values).clamp(min=0)
+        return _all(moment, self.free_basis(), two_sided=self.energy == "input"), 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The basis (a tensor) and plain values; `load_state_dict` restores them exactly."""
@@ -240,10 +234,11 @@ def design_branch(
         raise ValueError(f"method.rank={rank} does not fit a layer with {memory.dim} inputs; choose 1..{memory.dim}")
     if decomposition not in ("PC", "PCP"):
         raise ValueError(f"method.decomposition={decomposition} is unknown; choose PC or PCP")
-    C, rounding = _symmetric(covariance, memory.dim)
-    two_sided = decomposition == "PCP"
-    directions = _leading(C, memory, rounding, rank, two_sided=two_sided) or _all(C, memory.free_basis(), rounding, two_sided=two_sided)
-    found = min(rank, int((directions.values > rounding).sum()))
+    moment, two_sided = _Moment.of(covariance, memory.dim), decomposition == "PCP"
+    directions = _leading(moment, memory, lambda values: len(values) >= rank, two_sided=two_sided)
+    if directions is None:
+        directions = _all(moment, memory.free_basis(), two_sided=two_sided)
+    found = min(rank, int((directions.values > moment.rounding).sum()))
     if found < rank:
         warnings.warn(
             f"only {found} of the {rank} rows of lora_A have a direction left ({memory.dim - memory.dimension} of {memory.dim} dimensions "
@@ -257,25 +252,41 @@ def design_branch(
 
 
 def _on_cpu(covariance: Tensor, dim: int) -> Tensor:
-    """The covariance in float64 on the CPU, checked."""
+    """The covariance on the CPU, checked, in its own type or float32, whichever is wider."""
     if covariance.shape != (dim, dim):
         raise ValueError(f"the covariance has shape {tuple(covariance.shape)}; a layer with {dim} inputs needs ({dim}, {dim})")
-    C = covariance.detach().cpu().double()  # in this order: some devices have no float64
-    if not C.sum().isfinite():  # a tenth of the time that asking every number takes
+    C = covariance.detach().cpu().to(torch.promote_types(covariance.dtype, torch.float32))
+    if not C.sum().isfinite() and not C.isfinite().all():  # the sum takes a tenth of the time
         raise ValueError("the covariance holds NaN or infinity: the layer's inputs have diverged; lower optimizer.lr or check the data")
     return C
 
 
-def _symmetric(covariance: Tensor, dim: int) -> tuple[Tensor, float]:
-    """The covariance in float64, exactly symmetric, and the size up to which its singular values are rounding.
+class _Moment(NamedTuple):
+    """A covariance to be decomposed.
 
-    That size is dim times float64's epsilon, relative to the Frobenius norm (between the largest singular value S_0 and sqrt(dim) S_0,
-    and free). It is measured on C itself: what is left of C after a projection may be nothing but rounding. A covariance that arrives in
-    float32 carries rounding of its own: up to 0.4 of that type's epsilon was seen for rank-deficient products, so ten times that is cut.
+    Attributes:
+        C: (dim, dim) float64 on the CPU, exactly symmetric.
+        norm: its Frobenius norm; between the largest singular value S_0 and sqrt(dim) S_0, and almost free.
+        rounding: the size up to which singular values are rounding: dim times float64's epsilon, relative to the norm of C itself, since
+            what is left of C after a projection may be nothing but rounding. A covariance that arrives in float32 carries rounding of its
+            own: up to 0.4 of that type's epsilon was seen for rank-deficient products, so ten times that is cut.
     """
-    C = _on_cpu(covariance, dim)
-    relative = max(dim * torch.finfo(torch.float64).eps, 4 * torch.finfo(covariance.dtype).eps)
-    return (C + C.mT) / 2, relative * C.norm().item()
+
+    C: Tensor
+    norm: float
+    rounding: float
+
+    @classmethod
+    def of(cls, covariance: Tensor, dim: int) -> "_Moment":
+        C = _on_cpu(covariance, dim)
+        C = (C + C.mT).double().div_(2)  # added before it is made wide: half the time, and what that rounds is within `rounding`
+        norm = C.norm().item()
+        return cls(C, norm, norm * max(dim * torch.finfo(torch.float64).eps, 4 * torch.finfo(covariance.dtype).eps))
+
+    @property
+    def may_be_squared(self) -> bool:
+        """Whether the square of C loses only what is rounding."""
+        return self.rounding > _SQUARE_LOSES * self.norm
 
 
 class _Directions(NamedTuple):
@@ -297,27 +308,34 @@ class _Directions(NamedTuple):
         return leading if self.frame is None else self.frame @ leading
 
 
-def _all(C: Tensor, free: Tensor, rounding: float, *, two_sided: bool) -> _Directions:
+def _all(moment: _Moment, free: Tensor, *, two_sided: bool) -> _Directions:
     """All directions of the space that `free` (dim, f) spans.
 
     When the whole space is free, the two problems have the same vectors, and the symmetric one is cheaper.
     """
-    part = free.mT @ C
-    if two_sided or free.shape[1] == C.shape[0]:
+    part = free.mT @ moment.C
+    if two_sided or free.shape[1] == len(free):
         values, vectors = torch.linalg.eigh(part @ free)
         return _Directions(values.flip(0).clamp(min=0), vectors.flip(1), free)
-    if rounding > _SQUARE_LOSES * C.norm():
+    if moment.may_be_squared:
         squares, vectors = torch.linalg.eigh(part @ part.mT)
         return _Directions(squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1), free)
     vectors, values, _ = torch.linalg.svd(part, full_matrices=False)
     return _Directions(values, vectors, free)
 
 
-def _leading(C: Tensor, memory: DualGPM, rounding: float, count: int, *, two_sided: bool) -> _Directions | None:
-    """The `count` leading directions, by Lanczos iterations; None where those would not pay or could not be trusted."""
-    squared = not two_sided and memory.dimension > 0
-    num_free = memory.dim - memory.dimension
-    if memory.dim < _WIDE or 8 * count > memory.dim or 2 * count > num_free or (squared and rounding <= _SQUARE_LOSES * C.norm()):
+def _leading(moment: _Moment, memory: DualGPM, is_enough: Callable[[Tensor], bool], *, two_sided: bool) -> _Directions | None:
+    """Leading directions by block Lanczos iterations, until `is_enough` of their values; None where a whole decomposition would pay.
+
+    The space that the iterations span grows from a random block X to X, A X, A^2 X ... (A = P C^2 P, or P C P), always with an orthonormal
+    basis Q, and the eigenvectors of Q^T A Q approach the outer ones of A. One counts as found, if all before it do, once its residual is a
+    hundredth of what the rounding of C does to it.
+
+    Source: Golub & Underwood 1977, with full orthogonalisation.
+    """
+    C, num_free = moment.C, memory.dim - memory.dimension
+    squared, limit = not two_sided and memory.dimension > 0, num_free // 3
+    if num_free < _WIDE or (squared and not moment.may_be_squared):
         return None
     basis, is_free = memory.basis, memory.kind == "retain"
 
@@ -325,21 +343,40 @@ def _leading(C: Tensor, memory: DualGPM, rounding: float, count: int, *, two_sid
         inside = basis @ (basis.mT @ x)
         return inside if is_free else x - inside
 
-    def product(x: Any) -> Any:
-        y = C @ into_free(torch.from_numpy(x))
-        return into_free(C @ y if squared else y).numpy()
-
+    negligible = memory.dim * torch.finfo(C.dtype).eps * moment.norm ** (2 if squared else 1)
+    Q, H = C.new_empty(limit, memory.dim).mT, C.new_zeros(limit, limit)
     # Any start will do; a fixed one makes runs repeatable.
-    start = into_free(torch.randn(memory.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    try:
-        operator = LinearOperator(C.shape, matvec=product, dtype="float64")  # type: ignore[call-arg]  # scipy declares another signature
-        with _SCIPYS_THREADS.limit(limits=1, user_api="blas"):
-            values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy(), **_REPEATABLE)
-    except ArpackError:
-        return None
-    eigenvalues, order = torch.from_numpy(values).clamp(min=0).sort(descending=True)
-    free_vectors = torch.linalg.qr(into_free(torch.from_numpy(vectors)[:, order])).Q
-    return _Directions(eigenvalues.sqrt() if squared else eigenvalues, free_vectors)
+    start = torch.randn(memory.dim, _BLOCK, dtype=C.dtype, generator=torch.Generator().manual_seed(0))
+    X, size, next_look = torch.linalg.qr(into_free(start)).Q, 0, 2 * _BLOCK
+    while size + _BLOCK <= limit:
+        new = slice(size, size + _BLOCK)
+        size = new.stop
+        Q[:, new] = X
+        span = Q[:, :size]
+        Z = into_free(C @ (C @ X) if squared else C @ X)
+        H[:size, new] = span.mT @ Z
+        X, R = torch.linalg.qr(torch.addmm(Z, span, H[:size, new], alpha=-1))
+        X, again = torch.linalg.qr(into_free(torch.addmm(X, span, span.mT @ X, alpha=-1)))
+        is_exhausted = bool(R.diagonal().abs().min() <= negligible)  # some of the block is noise from here on
+        R = again @ R
+        if size < next_look and not is_exhausted:
+            continue
+
+        next_look = 1.4 * size  # a look is a decomposition too
+        eigenvalues, vectors = (found.flip(-1) for found in torch.linalg.eigh(H[:size, :size], UPLO="U"))
+        values = eigenvalues.clamp(min=0).sqrt() if squared else eigenvalues.clamp(min=0)
+        accepted = 0.01 * moment.rounding * (values.clamp(min=moment.rounding) if squared else 1)
+        is_found = (R @ vectors[new]).norm(dim=0) <= accepted
+        count = int(is_found.cumprod(0).sum())
+        if is_enough(values[:count]):
+            # No more than _BLOCK directions of one and the same value can be seen.
+            ends = values[_BLOCK - 1 : count]
+            if ((values[: len(ends)] - ends <= moment.rounding) & (ends > moment.rounding)).any():
+                return None
+            return _Directions(values[:count], torch.linalg.qr(into_free(span @ vectors[:, :count])).Q)
+        if is_exhausted:
+            return None
+    return None
 
 
 def _no_reduction(tensor: Tensor) -> Tensor:

@@ -489,8 +489,8 @@ def wide_moment(seed: int, dim: int, copies: int = 1) -> Tensor:
 def test_design_by_iterations_is_that_of_a_whole_decomposition(
     dimension: int, decomposition: Any, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    C = wide_moment(3, 264, copies)
-    for memory in memories(0, 264, dimension) if dimension else [DualGPM(264)]:
+    C = wide_moment(3, 600, copies)
+    for memory in memories(0, 600, dimension) if dimension else [DualGPM(600)]:
         with monkeypatch.context() as patch:
             patch.setattr(subspace, "_all", None)  # would fail
             by_iterations = design_branch(C, memory, 10, decomposition=decomposition, scale=1.0)
@@ -508,14 +508,14 @@ def test_design_by_iterations_is_that_of_a_whole_decomposition(
 def test_update_by_iterations_is_that_of_a_whole_decomposition(
     kind: str, threshold: float, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tasks in a row, whose counts lie on both sides of what the first attempt looks for."""
+    """Two tasks in a row, that need few directions or more than iterations are worth."""
     pair = []
-    for wide in (256, 1000):
+    for wide in (320, 1000):
         monkeypatch.setattr(subspace, "_WIDE", wide)
-        memory = {"fresh": lambda: [DualGPM(264)], "remove": lambda: memories(0, 264, 30)[:1], "retain": lambda: memories(0, 264, 150)[1:]}
+        memory = {"fresh": lambda: [DualGPM(400)], "remove": lambda: memories(0, 400, 30)[:1], "retain": lambda: memories(0, 400, 210)[1:]}
         pair.append(memory[kind]()[0])
         for seed in (3, 4):
-            pair[-1].update(wide_moment(seed, 264, copies), threshold)
+            pair[-1].update(wide_moment(seed, 400, copies), threshold)
     assert (pair[0].kind, pair[0].dimension) == (pair[1].kind, pair[1].dimension)
     assert largest_angle(pair[0].basis, pair[1].basis) < 1e-6
     assert torch.allclose(pair[0].basis.mT @ pair[0].basis, torch.eye(pair[0].basis.shape[1], dtype=torch.float64), atol=1e-12)
@@ -523,33 +523,44 @@ def test_update_by_iterations_is_that_of_a_whole_decomposition(
 
 def test_a_few_directions_of_a_wide_layer_need_no_whole_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subspace, "_all", None)  # would fail
-    memory = DualGPM(264)
-    memory.update(wide_moment(0, 264), 0.9)
-    memory.update(wide_moment(1, 264), 0.97)  # more than the first attempt looks for
+    memory = DualGPM(400)
+    memory.update(wide_moment(0, 400), 0.9)
+    memory.update(wide_moment(1, 400), 0.97)
     assert 16 < memory.dimension < 60
 
 
+@pytest.mark.parametrize("kind", ["fresh", "remove"])
+def test_more_equal_directions_than_iterations_can_see(kind: str) -> None:
+    values = torch.cat([torch.ones(60), torch.full((20,), 0.5), torch.zeros(520)])
+    memory = remembering(axes(600, *range(40)), "remove") if kind == "remove" else DualGPM(600)
+    learned = memory.dimension
+    lora_A = design_branch(torch.diag(values), memory, 15, scale=1.0)
+    assert lora_A[:, learned:60].square().sum().item() == pytest.approx(15, abs=1e-4)
+    memory.update(torch.diag(values), 61 / values.square().sum().item())
+    assert protected(memory).diagonal()[:60].sum().item() == pytest.approx(60)
+
+
 @pytest.mark.parametrize("dimension", [0, 40])
-@pytest.mark.parametrize("rank", [2, 264])
+@pytest.mark.parametrize("rank", [2, 400])
 def test_iterations_find_the_same_numbers_again(rank: int, dimension: int) -> None:
     """Also where a covariance of few or of equal values makes them start anew."""
-    C = wide_moment(0, 264, copies=264)
+    C = wide_moment(0, 400, copies=400)
     if rank == 2:
-        C = second_moment(0, 264, rank=2).float()
+        C = second_moment(0, 400, rank=2).float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingDirectionsWarning)
-        rows = [design_branch(C, memories(0, 264, dimension)[0] if dimension else DualGPM(264), 10) for _ in range(3)]
+        rows = [design_branch(C, memories(0, 400, dimension)[0] if dimension else DualGPM(400), 10) for _ in range(3)]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
 def test_rounding_that_is_large_beside_what_may_be_left_calls_for_a_whole_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = torch.cat([torch.tensor([1.0, 0.05]), torch.full((100,), 0.02), torch.zeros(162)])
+    values = torch.cat([torch.tensor([1.0, 0.05]), torch.full((100,), 0.02), torch.zeros(298)])
     C = torch.diag(values).bfloat16()
     allowed = 0.035 / float(C.double().square().sum())
     counts = []
-    for wide in (256, 1000):
+    for wide in (320, 1000):
         monkeypatch.setattr(subspace, "_WIDE", wide)
-        memory = remembering(axes(264, 263), "remove")
+        memory = remembering(axes(400, 399), "remove")
         memory.update(C, 1 - allowed)
         counts.append(memory.dimension)
     assert counts[0] == counts[1]
@@ -557,15 +568,15 @@ def test_rounding_that_is_large_beside_what_may_be_left_calls_for_a_whole_decomp
 
 @pytest.mark.parametrize("dimension", [0, 40])
 def test_a_wide_layer_whose_inputs_span_little(dimension: int) -> None:
-    tokens = second_moment(0, 264)[:50] @ second_moment(1, 264, rank=3)
-    for memory in memories(0, 264, dimension) if dimension else [DualGPM(264)]:
+    tokens = second_moment(0, 400)[:50] @ second_moment(1, 400, rank=3)
+    for memory in memories(0, 400, dimension) if dimension else [DualGPM(400)]:
         with pytest.warns(MissingDirectionsWarning, match="only 3 of the 5 rows"):
             lora_A = design_branch((tokens.mT @ tokens).float(), memory, 5)
-        assert torch.equal(lora_A[3:], torch.zeros(2, 264)) and (lora_A.double() @ protected(memory)).abs().max() < 1e-7
+        assert torch.equal(lora_A[3:], torch.zeros(2, 400)) and (lora_A.double() @ protected(memory)).abs().max() < 1e-7
         memory.update(tokens.mT @ tokens, 1 - 1e-5)
         assert memory.dimension in (dimension + 2, dimension + 3)
     with pytest.warns(MissingDirectionsWarning, match="only 0 of the 5 rows"):
-        assert torch.equal(design_branch(torch.zeros(264, 264), DualGPM(264), 5), torch.zeros(5, 264))
+        assert torch.equal(design_branch(torch.zeros(400, 400), DualGPM(400), 5), torch.zeros(5, 400))
 
 
 def golden_script():
