@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any instant, and the other things a run folder needs to be safe: a lock, atomic files, hashes.
+"""Checkpoints that survive a kill at any instant, and what else makes files safe: written in one go, and hashed.
 
 A checkpoint is a pair in one folder, written one after the other and each of them atomically:
 
@@ -16,13 +16,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +38,7 @@ class WriteError(CheckpointError):
     """One that cannot be written: the run can go on from what is saved when the user has put that right."""
 
 
-# ---- atomic files, hashes, the lock ------------------------------------------------------------------------------------------------
+# ---- atomic files, hashes ----------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -96,48 +94,6 @@ def fingerprint(state: Any) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process. The lock is the system's: it goes when the process dies, however it dies.
-
-    Raises:
-        CheckpointError: if another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(f"another process is at work in {folder}; wait until it ends, or choose another output_dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: set[str]) -> list[str]:
-    """The dotted keys, sorted, whose values differ between two nested configurations.
-
-    Args:
-        old: one configuration.
-        new: the other.
-        ignore: dotted keys that may differ; a key stands for everything below it too.
-    """
-    before, after = _leaves(old), _leaves(new)
-    keys = {key for key in before.keys() | after.keys() if key not in before or key not in after or before[key] != after[key]}
-    return sorted(key for key in keys if not any(key == other or key.startswith(other + ".") for other in ignore))
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            leaves |= _leaves(value, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
-
-
 # ---- one checkpoint ----------------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +138,6 @@ def load(path: Path) -> Any:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = _read(file, file.keys())
-    if "bases" not in metadata:
-        raise CheckpointError(f"{path} is of an older version of this program, which can continue it")
     for base in json.loads(metadata["bases"]):
         base_path = path.with_name(base["name"])
         if _verify(base_path) != base["sha256"]:
@@ -356,13 +310,18 @@ class CheckpointFolder:
         self._damaged: set[Path] = set()  # found by `latest`: they must not count among the kept
         self._marks: Marks = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was saved but the base."""
+        return not self._paths()
+
     def save_base(self, state: Any) -> None:
         """Store once, before the first checkpoint, what later ones need not repeat: e.g. `{"method": method.state_dict()}`.
 
         Raises:
             CheckpointError: if it cannot be written.
         """
-        assert not self._paths(), "the base of existing checkpoints must not change"
+        assert self.is_empty, "the base of existing checkpoints must not change"
         self.path.mkdir(parents=True, exist_ok=True)
         self.base.with_suffix(".json").unlink(missing_ok=True)  # a kill in between must not leave an old record beside a new file
         save(self.base, state, marks=self._marks)

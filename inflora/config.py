@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -138,6 +140,24 @@ def folder_name(overrides: str) -> str:
     if len(name.encode()) <= 200:
         return name or "default"
     return f"{name.encode()[:190].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The resolved configuration of the run in a folder; None where there is none.
+
+    Raises:
+        ValueError: if its file is damaged.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        return None
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} cannot be read as the configuration of a run; restore it from a copy, or choose another output_dir")
+    return found
 
 
 def check(cfg: DictConfig) -> None:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora import config as configuration
-from inflora.run import USER_ERRORS, build, finished_run, full_float32, is_cpu, last_run_event, load_images, load_trained, make_fabric
+from inflora.run import USER_ERRORS, build, full_float32, is_cpu, load_images, make_fabric
+from inflora.run_folder import finished_run, last_run_event, load_trained
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 

@@ -28,7 +28,8 @@ from inflora.backbone import Backbone, tensors_sha256, timm_model
 from inflora.checkpoint import CheckpointFolder, load, write_atomically
 from inflora.data.transforms import Resize, build_transforms
 from inflora.method import Method
-from inflora.run import USER_ERRORS, build_method, finished_run, last_run_event, load_trained, make_fabric
+from inflora.run import USER_ERRORS, build_method, make_fabric
+from inflora.run_folder import finished_run, last_run_event, load_trained
 
 TOLERANCE = 1e-4
 """Largest difference to the method's scores, relative to the largest of them: rounding in float32."""

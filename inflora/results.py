@@ -35,7 +35,8 @@ class Records:
             of images assigned to the right task; row i after training task i, column j for the test images of task j.
         trainable_parameters: numbers trained in each stage.
         wall_seconds: time spent per part, summed over resumed parts of the run.
-        history: the planned number of tasks, the device and the code of each part of the run; equal parts in a row are one.
+        history: the planned number of tasks, the device, the code and the package versions of each part of the run; equal parts in a row
+            are one.
 
     Args:
         num_tasks: tasks of the sequence.
@@ -45,7 +46,7 @@ class Records:
     def __init__(self, num_tasks: int, device: torch.device) -> None:
         self.device = device
         self._peak_before = 0
-        self.history = [{"num_tasks": num_tasks, "device": device_name(device), **git_revision()}]
+        self.history = [{"num_tasks": num_tasks, "device": device_name(device), **git_revision(), "versions": package_versions()}]
         self.matrices = np.full((3, num_tasks, num_tasks), np.nan)
         self.trainable_parameters: list[int] = []
         self.wall_seconds: dict[str, float] = dict.fromkeys(WALL_PARTS, 0.0)
@@ -104,8 +105,8 @@ class Records:
         self.trainable_parameters = list(state["trainable_parameters"])
         self.wall_seconds = dict(state["wall_seconds"])
         self._total_before, self._began = state["total_seconds"], time.monotonic()
-        self._peak_before = state.get("peak_memory_bytes", 0)
-        before = state.get("history", [])
+        self._peak_before = state["peak_memory_bytes"]
+        before = state["history"]
         self.history = before + self.history if before[-1:] != self.history else before
 
     def timings(self) -> dict[str, float]:
@@ -140,7 +141,6 @@ def summary(
         "normalize": config["dataset"]["normalize"],
         "weights": backbone.weights,
         "weights_sha256": backbone.weights["sha256"] or backbone.weights["tensors_sha256"],
-        "versions": package_versions(),
         **records.history[-1],
         "history": records.history,
     }

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning_fabric import Fabric
@@ -23,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch.multiprocessing import ProcessExitedException
 
 from inflora import config as configuration
-from inflora import report
+from inflora import report, run_folder
 from inflora.backbone import Backbone, build_backbone, write_out_attention
-from inflora.checkpoint import CheckpointError, CheckpointFolder, config_differences, lock_run, write_atomically
+from inflora.checkpoint import CheckpointError, write_atomically
 from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
@@ -42,9 +41,6 @@ log = logging.getLogger("inflora")
 USER_ERRORS = (ValueError, OSError, CheckpointError, TrainingError)
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-
-LENGTH = {"dataset.num_tasks", "dataset.task_sizes", "dataset.class_order"}
-"""Keys that may differ if the tasks of the old run are the first of the new one."""
 
 
 @dataclass
@@ -102,7 +98,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     origin = origin or Origin.of(plain)
     folder = Path(plain["output_dir"])
-    finished = _look_up(folder, plain)
+    finished = run_folder.look_up(folder, plain)
     if finished is not None:
         started = started_by_launcher(plain["trainer"]["num_devices"])
         if started is not None and started.rank > 0:
@@ -251,7 +247,7 @@ def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
         with contextlib.ExitStack() as held:
             with failing_together():
                 if fabric.is_global_zero:  # the process that writes, not the one that started it: either may be killed alone
-                    held.enter_context(_hold(folder))
+                    held.enter_context(run_folder.hold(folder))
                 held.enter_context(_logging(folder, fabric.is_global_zero))
             return _train(fabric, plain, origin)
     except (*USER_ERRORS, Interrupted, KeyboardInterrupt) as error:
@@ -269,17 +265,6 @@ def _spawned(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> BaseExcep
     return outcome if isinstance(outcome, BaseException) else None
 
 
-@contextmanager
-def _hold(folder: Path) -> Iterator[None]:
-    """The folder's lock; where the folder cannot even be made, one sentence says so."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(lock_run(folder))
-        except OSError as error:
-            raise CheckpointError(f"output_dir={folder} cannot be written: {error.strerror or error}") from error
-        yield
-
-
 def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     folder = Path(plain["output_dir"])
     reset_peak_memory(fabric.device)
@@ -288,10 +273,11 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         optimizer = _instantiate("optimizer", {key: value for key, value in plain["optimizer"].items() if key != "head_lr"})
         schedule = _instantiate("scheduler", plain["scheduler"])
         parts = build(fabric, plain)
-        _check_begun(folder, parts)
+        run_folder.check_begun(folder, parts.backbone, parts.sequence, parts.method)
         if fabric.is_global_zero:
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
-            _write_configuration(folder, plain, origin)  # the last thing that may fail: a finished run that is continued loses its summary
+            # The last thing that may fail, since a finished run that is continued loses its summary here.
+            run_folder.write_configuration(folder, plain, origin.hydra_files)
     records = Records(parts.sequence.num_tasks, fabric.device)
     try:
         trainer = Trainer(
@@ -396,123 +382,6 @@ def build_method(fabric: Fabric, plain: dict[str, Any]) -> tuple[Backbone, Metho
     if plain["alignment"]["_target_"] is not None:
         method = _instantiate("alignment", plain["alignment"], method)
     return backbone, method.to(fabric.device)
-
-
-def _look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of the folder's run if that is this one and finished. Touches nothing.
-
-    Raises:
-        ValueError: if the folder holds another run.
-    """
-    file = folder / "config.yaml"
-    if not file.exists():
-        return None
-    if plain["resume"] == "never":
-        raise ValueError(f"output_dir={folder} holds a run already and resume=never; choose another output_dir")
-    try:
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        old = None
-    if not isinstance(old, dict):
-        raise ValueError(f"{file} cannot be read as the configuration of a run; choose another output_dir")
-    different = config_differences(old, plain, configuration.RESULT_FREE)
-    hard = [key for key in different if key not in LENGTH]
-    if hard:
-        values = ", ".join(f"{key} ({_value(old, key)} there, {_value(plain, key)} here)" for key in hard)
-        raise ValueError(f"output_dir={folder} holds a run of another configuration, which differs in {values}; choose another output_dir")
-    return None if different else read_summary(folder)
-
-
-def _value(config: dict[str, Any], key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = value.get(name, "nothing") if isinstance(value, dict) else "nothing"
-    return value
-
-
-def _check_begun(folder: Path, parts: Parts) -> None:
-    """The folder's run must have begun with the same weights, and its tasks must be the first ones of this run.
-
-    Raises:
-        ValueError: if they are not.
-    """
-    old = last_run_event(folder)
-    if old is None:
-        return
-    if old["weights"]["source"] != "random" and old["weights"]["sha256"] != parts.backbone.weights["sha256"]:
-        raise ValueError(
-            f"output_dir={folder} holds a run that began with other weights of {parts.backbone.tag}, whose file has changed since; "
-            "choose another output_dir"
-        )
-    new = [task.class_names for task in parts.sequence.tasks]
-    same_tasks = new[: len(old["tasks"])] == old["tasks"]
-    if "image_hashes" in old:
-        same_images = parts.sequence.image_hashes[: len(old["tasks"])] == old["image_hashes"]
-    else:  # a run of an earlier version
-        same_images = new != old["tasks"] or parts.sequence.test_hash == old["test_hash"]
-    if same_tasks and not same_images:
-        raise ValueError(
-            f"output_dir={folder} holds a run on other images: those of the tasks it has begun with must stay the same training and test "
-            "images in dataset.root; choose another output_dir"
-        )
-    if same_tasks and parts.method.stream == "joint" and new != old["tasks"]:
-        raise ValueError(
-            f"output_dir={folder} holds a run that learned all its classes at once, so it cannot go on with more; choose another output_dir"
-        )
-    if not same_tasks:
-        raise ValueError(
-            f"output_dir={folder} holds a run over other tasks: dataset.num_tasks, dataset.task_sizes, dataset.class_order and the "
-            "classes in dataset.root must give the same tasks, or the same and then more; choose another output_dir"
-        )
-
-
-def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The summary of the finished run in a folder, and its resolved configuration.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    found = read_summary(folder)
-    if found is None:
-        raise ValueError(f"{folder} holds no finished run (no summary.json); give its command again, with output_dir={folder}")
-    return found, yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-
-
-def load_trained(method: Method, folder: Path) -> None:
-    """Bring a method to where the finished run in a folder ended.
-
-    Raises:
-        ValueError: if the folder's last checkpoint is missing or damaged.
-    """
-    state = CheckpointFolder(folder / "checkpoints").latest()
-    if state is None:
-        raise ValueError(f"{folder} has no checkpoint left")
-    num_stages = 1 if method.stream == "joint" else state["records"]["matrices"].shape[1]
-    if "epoch" in state["position"] or state["position"]["stage"] < num_stages:  # an older one, before the end of the last task
-        raise ValueError(f"the last checkpoint of {folder} is damaged; restore it from a copy, or train again in another folder")
-    method.load_state_dict(state["method"])
-
-
-def last_run_event(folder: Path) -> dict[str, Any] | None:
-    """What the run in a folder last announced: its `tasks`, lists of class names, among it."""
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return None
-    events = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a killed process may leave half a line; resuming cuts it off
-            events.append(json.loads(line))
-    return next((event for event in reversed(events) if event["event"] == "run"), None)
-
-
-def _write_configuration(folder: Path, plain: dict[str, Any], origin: Origin) -> None:
-    for file in ("summary.json", "report/report.html"):  # of a shorter sequence, which is now continued
-        (folder / file).unlink(missing_ok=True)
-    (folder / ".hydra").mkdir(exist_ok=True)
-    for name, text in origin.hydra_files.items():
-        (folder / ".hydra" / name).write_text(text, encoding="utf-8")
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class Trainer:
             method.begin_epoch(epoch)
             meter = Meter(position if epoch == position["epoch"] else None, task, epoch)
             began, images = time.monotonic(), sum(batches.global_size(step) for step in range(meter.step, len(batches)))
-            for step, (x, y) in enumerate(itertools.islice(batches, meter.step, None), start=meter.step):
+            for step, (x, y) in enumerate(batches.starting_at(meter.step), start=meter.step):
                 self._seed("fit", task, epoch, step)  # a step's draws (dropout, a replay buffer's) are the same after a stop before it
                 method.sample_ids = batches.sample_ids(step)
                 stop = self._step(method, optimizer, x, y, batches.global_size(step), meter)

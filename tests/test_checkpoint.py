@@ -16,11 +16,11 @@ import torch
 from far_device import FAR, far_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from inflora import checkpoint
-from inflora.checkpoint import CheckpointError, CheckpointFolder, config_differences, fingerprint, load, lock_run, save, sha256_file
+from inflora.checkpoint import CheckpointError, CheckpointFolder, fingerprint, load, save, sha256_file
 
 
 def assert_same(a, b) -> None:
@@ -345,14 +345,6 @@ def test_a_damaged_boundary_leaves_the_one_before(tmp_path: Path):
     assert again.latest_boundary() == "task0", "else nothing says where task 1 began"
 
 
-def test_one_of_an_older_version_is_one_sentence(tmp_path: Path):
-    path = tmp_path / "000001-a.safetensors"
-    save_file({"w": torch.zeros(3)}, path, metadata={"structure": '{"tensor": "w"}'})
-    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256_file(path)}))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read \(.*000001-a\.safetensors is of an older version"):
-        CheckpointFolder(tmp_path).latest()
-
-
 def test_numbers_go_on_in_a_new_process(tmp_path: Path):
     CheckpointFolder(tmp_path).save({}, "a")
     CheckpointFolder(tmp_path).save({}, "b")
@@ -535,7 +527,7 @@ def test_sigkill_while_saving_loses_at_most_the_save_in_progress(tmp_path: Path)
     assert len(names(folder)) <= 2 + 2 * 3
 
 
-# ---- hashes, the lock, configurations --------------------------------------------------------------------------------------------
+# ---- hashes ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_sha256_of_a_file(tmp_path: Path):
@@ -554,54 +546,3 @@ def test_fingerprint_sees_every_bit_name_type_and_shape():
         {"w": torch.zeros(2, 2), "n": 2},
     ]
     assert len({fingerprint(state) for state in [reference, *others]}) == 6
-
-
-def hold_lock(path: str, ready, release) -> None:
-    with lock_run(Path(path)):
-        ready.set()
-        release.wait(60)
-
-
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["inflora.checkpoint"])
-    run = tmp_path / "run"
-    ready, release = context.Event(), context.Event()
-    process = context.Process(target=hold_lock, args=(str(run), ready, release))
-    process.start()
-    assert ready.wait(60)
-    with (
-        pytest.raises(CheckpointError, match=r"another process is at work in .*run; wait until it ends, or choose another output_dir"),
-        lock_run(run),
-    ):
-        pass
-    process.kill()  # the lock dies with its process
-    process.join()
-    with lock_run(run):
-        assert (run / ".lock").exists()
-    with lock_run(run):
-        pass
-
-
-def test_the_lock_is_released_by_an_error(tmp_path: Path):
-    with pytest.raises(ZeroDivisionError), lock_run(tmp_path):
-        _ = 1 / 0
-    with lock_run(tmp_path):
-        pass
-
-
-def test_config_differences():
-    old = {"seed": 0, "method": {"rank": 4, "blocks": [0, 1], "extra": {}}, "tracker": {"mode": "a"}, "optimizer": {"lr": 0.1}, "gone": 1}
-    new = {"seed": 0, "method": {"rank": 8, "blocks": [0, 2], "extra": {}}, "tracker": {"mode": "b"}, "optimizer": None, "came": 1}
-    assert config_differences(old, old, set()) == []
-    assert config_differences(old, new, set()) == [
-        "came",
-        "gone",
-        "method.blocks",
-        "method.rank",
-        "optimizer",
-        "optimizer.lr",
-        "tracker.mode",
-    ]
-    assert config_differences(old, new, {"tracker", "came", "gone", "method.rank", "optimizer"}) == ["method.blocks"]
-    assert config_differences({"methods": 1}, {"methods": 2}, {"method"}) == ["methods"]

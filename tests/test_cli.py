@@ -23,8 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from inflora import plugins
-from inflora.checkpoint import lock_run
 from inflora.cli import _continuing, _program, quoted
+from inflora.run_folder import hold
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -257,7 +257,7 @@ def test_what_the_system_refuses(cli: Cli, error, sentence, tmp_path: Path, monk
 
 
 def test_a_folder_at_work_is_refused(cli: Cli, tmp_path: Path):
-    with lock_run(tmp_path):
+    with hold(tmp_path):
         sentence = fault(cli(*QUICK, f"output_dir={tmp_path}"))
     assert sentence == f"another process is at work in {tmp_path}; wait until it ends, or choose another output_dir"
 

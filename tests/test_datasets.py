@@ -595,7 +595,10 @@ def test_few_images_of_many_classes_can_be_split(tmp_path: Path) -> None:
     [
         ([], "dataset.root=.* holds no image folders; it needs train/<class>/[*] and test/<class>/[*], or only <class>/[*], or a zip"),
         (["a.png", "b.png"], "holds no image folders"),
-        (["train/a/1.png", "extra/b/1.png"], "holds no image folders"),
+        (
+            ["train/a/1.png", "extra/b/1.png"],
+            "a folder train, but neither test nor val; add one, or set dataset.root=.*/data/train to",
+        ),
         (
             ["train/1.png", "train/a/1.png", "test/a/1.png"],
             "needs train/<class>/[*] and test/<class>/[*], but train/1.png lies in no class folder",

@@ -103,6 +103,8 @@ def write_run(
         "device": "cpu",
         **(changes or {}),
     }
+    part_of_run = ("num_tasks", "device", "git_commit", "git_dirty", "versions")
+    summary = {"history": [{name: summary[name] for name in part_of_run}], **summary}
     (folder / "summary.json").write_text(json.dumps(summary, allow_nan=False))
     header = [f"task_{task}" for task in range(len(sizes))]
     pd.DataFrame(100 * accuracy, columns=header).to_csv(folder / "accuracy_matrix.csv", index=False, float_format="%.6f")
@@ -295,7 +297,7 @@ def test_a_whole_number_is_the_same_setting_in_either_spelling(tmp_path: Path):
 
 
 def test_a_continued_sequence_is_no_repetition_of_one_planned_whole(tmp_path: Path):
-    part = {"device": "cpu", "git_commit": "a" * 40, "git_dirty": False}
+    part = {"device": "cpu", "git_commit": "a" * 40, "git_dirty": False, "versions": {"torch": "2.6.0"}}
     write_run(tmp_path / "a", seed=0, changes={"history": [{"num_tasks": 2, **part}, {"num_tasks": 5, **part}]})
     write_run(tmp_path / "b", seed=1, changes={"history": [{"num_tasks": 5, **part}, {"num_tasks": 5, **part, "device": "gpu"}]})
     write_run(tmp_path / "c", seed=2)
@@ -567,27 +569,29 @@ def test_joint_alone(tmp_path: Path):
 NOT_COMPARABLE = (
     "The runs come from different code revisions: see the last table.",
     "Some runs come from code with uncommitted changes: see the last table.",
+    "The runs come from different versions of torch: see the last table.",
     "The runs come from different devices: their times cannot be compared.",
 )
 
 
 def test_notes_warn_of_what_cannot_be_compared(tmp_path: Path):
     write_run(tmp_path / "a")
-    write_run(tmp_path / "b", method="sequential", changes={"git_commit": None, "git_dirty": True, "device": "NVIDIA H100"})
+    changes = {"git_commit": None, "git_dirty": True, "device": "NVIDIA H100", "versions": {"torch": "2.11.0"}}
+    write_run(tmp_path / "b", method="sequential", changes=changes)
     text = (report.write([tmp_path], tmp_path / "out").parent / "report.md").read_text()
     assert all(sentence in text for sentence in NOT_COMPARABLE)
-    assert "| unknown, changed | 2.6.0 | NVIDIA H100 |" in text
+    assert "| unknown, changed | 2.11.0 | NVIDIA H100 |" in text
 
 
 def test_every_part_of_a_resumed_run_is_told(tmp_path: Path):
     parts = [
-        {"num_tasks": 5, "device": "NVIDIA H100", "git_commit": "b" * 40, "git_dirty": True},
-        {"num_tasks": 5, "device": "cpu", "git_commit": "a" * 40, "git_dirty": False},
+        {"num_tasks": 5, "device": "NVIDIA H100", "git_commit": "b" * 40, "git_dirty": True, "versions": {"torch": "2.11.0"}},
+        {"num_tasks": 5, "device": "cpu", "git_commit": "a" * 40, "git_dirty": False, "versions": {"torch": "2.6.0"}},
     ]
     write_run(tmp_path / "a", changes={"history": parts})
     text = (report.write([tmp_path], tmp_path / "out").parent / "report.md").read_text()
     assert all(sentence in text for sentence in NOT_COMPARABLE)
-    assert "| bbbbbbbbb, changed, aaaaaaaaa | 2.6.0 | NVIDIA H100, cpu |" in text
+    assert "| bbbbbbbbb, changed, aaaaaaaaa | 2.11.0, 2.6.0 | NVIDIA H100, cpu |" in text
 
 
 def test_different_budgets_are_told_and_every_setting_is_in_the_results(tmp_path: Path):

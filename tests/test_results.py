@@ -81,7 +81,7 @@ def test_every_part_of_the_run_is_remembered_once(monkeypatch):
     assert again.history == first.history
     later = begin(3, "a", begin(2, "b", again.state_dict()).state_dict())
     assert [(part["num_tasks"], part["git_commit"]) for part in later.history] == [(2, "a"), (2, "b"), (3, "a")]
-    assert all(part["device"].endswith("threads") for part in later.history)
+    assert all(part["device"].endswith("threads") and part["versions"] == results.package_versions() for part in later.history)
 
 
 def test_clocks_count_what_goes_on_inside_them(clock):

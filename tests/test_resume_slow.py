@@ -13,8 +13,9 @@ import pytest
 import torch
 from helpers import ROOT, TINY_VIT, compose_config, files_of, read_events, results, train_py
 
-from inflora.checkpoint import CheckpointError, CheckpointFolder, lock_run
+from inflora.checkpoint import CheckpointError, CheckpointFolder
 from inflora.run import run
+from inflora.run_folder import hold
 from inflora.trackers import read_matrix
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # minutes on a busy machine
@@ -239,7 +240,7 @@ def test_two_processes_stop_together(whole_of_two, tmp_path, started, number):
 
 def is_free(folder: Path) -> bool:
     try:
-        with lock_run(folder):
+        with hold(folder):
             return True
     except CheckpointError:
         return False
@@ -252,7 +253,7 @@ def test_the_first_of_two_processes_killed_outright(whole_of_two, tmp_path, star
     wait_until(lambda: num_checkpoints(folder) >= 6)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    with pytest.raises(CheckpointError, match="another process is at work"), lock_run(folder):
+    with pytest.raises(CheckpointError, match="another process is at work"), hold(folder):
         pass
     wait_until(lambda: is_free(folder))
     left = files_of(folder)

@@ -312,6 +312,20 @@ def test_lengths() -> None:
     assert [len(x) for x, _ in sequence()[0].test_batches()] == [7, 1]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_pass_goes_on_where_it_stopped_and_reads_nothing_before(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "RESIDENT_BYTES", 0)
+    splits, read = toy_splits(), []
+    batches = sequence(splits, loading=replace(LOADING, num_workers=num_workers))[0].batches("train", stream="fit")
+    whole = list(batches)
+    fetch = FixedImages.fetch
+    monkeypatch.setattr(FixedImages, "fetch", lambda store, rows: read.extend(rows.tolist()) or fetch(store, rows))
+    rest = list(batches.starting_at(2))
+    assert len(rest) == len(whole) - 2 and len(read) == batches.num_images - 10
+    for (x, y), (expected_x, expected_y) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
+
+
 def test_limited_test_batches_are_spread_over_the_task() -> None:
     task = sequence()[1]
     x, y = collect(task.test_batches(limit=4))

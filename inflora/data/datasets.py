@@ -415,6 +415,11 @@ def imagefolder(root: Path, *, split: str | None = None) -> Splits:
             raise ValueError(f"dataset.split={split} does not fit {source.location}, which has train and test folders; choose null")
         return _from_train_test(source, "imagefolder")
     source = find_source(root, "", lambda folders: sorted(folders) if len(folders) > 1 and "train" not in folders else [])
+    if source is None and (root / "train").is_dir():
+        raise FileNotFoundError(
+            f"dataset.root={root} has a folder train, but neither test nor val; add one, or set dataset.root={root / 'train'} to have "
+            "every class in it split 80 to 20 (a class of one's own cannot be called train)"
+        )
     if source is None or not source.paths:
         raise FileNotFoundError(
             f"dataset.root={root} holds no image folders; it needs train/<class>/* and test/<class>/*, or only <class>/*, or a zip of them"

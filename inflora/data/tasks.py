@@ -237,18 +237,22 @@ class Batches:
         return torch.arange(start, start + self.global_size(step))[self._loading.rank :: self._loading.world_size]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `step` on; those before it are not even read."""
         labels = to_device(self._labels, self._loading.device)
-        for positions, size, chunks in self._loaded():
+        for positions, size, chunks in self._loaded(range(step, len(self))):
             x = torch.cat([self._transformed(where, images, sizes) for where, images, sizes in chunks])
             if len(chunks) > 1:  # back to the order of the pass
                 x = x[to_device(torch.cat([where for where, _, _ in chunks]).argsort(), x.device)]
             yield x[:size], labels[to_device(positions[:size], labels.device)]
 
-    def _loaded(self) -> Iterator[_Loaded]:
+    def _loaded(self, steps: range) -> Iterator[_Loaded]:
         num_workers = self._loading.num_workers
         if self._pool.is_resident or num_workers == 0:
-            return map(self._load, range(len(self)))
-        return map_ahead(self._load, range(len(self)), num_workers, ahead=num_workers + 1)
+            return map(self._load, steps)
+        return map_ahead(self._load, steps, num_workers, ahead=num_workers + 1)
 
     def _load(self, step: int) -> _Loaded:
         """This process's images of batch `step`."""

@@ -90,6 +90,8 @@ def _notes(section: Section) -> list[str]:
         notes.append("The runs come from different code revisions: see the last table.")
     if any(part["git_dirty"] for part in parts):
         notes.append("Some runs come from code with uncommitted changes: see the last table.")
+    if len({part["versions"]["torch"] for part in parts}) > 1:
+        notes.append("The runs come from different versions of torch: see the last table.")
     if len({part["device"] for part in parts}) > 1:
         notes.append("The runs come from different devices: their times cannot be compared.")
     budgets = differing([{key: value for key, value in run.settings.items() if key.startswith("trainer.")} for run in section.runs])

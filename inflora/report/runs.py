@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from numpy.typing import NDArray
 
+from inflora import config as configuration
 from inflora.config import RESULT_FREE
 
 # Runs that differ in nothing else are repetitions of one experiment. What was in a checkpoint of the backbone, weights_sha256 says.
@@ -23,7 +23,7 @@ _REQUIRED = (  # names in summary.json
     "weights_sha256", "transform", "normalize", "accuracy_curve", "last_accuracy", "last_accuracy_macro", "average_accuracy",
     "average_accuracy_macro", "forgetting", "forgetting_clamped", "forgetting_coda", "forgetting_libcontinual", "backward_transfer",
     "learning_accuracy", "task_aware_accuracy", "task_id_accuracy", "trainable_parameters", "stored_parameters", "peak_memory_bytes",
-    "wall_seconds", "versions", "git_commit", "git_dirty", "device",
+    "wall_seconds", "history",
 )
 # fmt: on
 
@@ -49,8 +49,8 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """Code and device of every part of the run, see `Records`; runs of earlier versions tell the last one only."""
-        return self.summary.get("history", [self.summary])
+        """Code, versions and device of every part of the run, see `Records`."""
+        return self.summary["history"]
 
     @property
     def stream(self) -> tuple[int, tuple[int, ...]]:
@@ -92,9 +92,9 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path} is unfinished (no summary.json): left out.")
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        config = configuration.read(path) or {}
         accuracy = pd.read_csv(path / "accuracy_matrix.csv").to_numpy(dtype=np.float64)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): left out.") from error
     missing = [name for name in _REQUIRED if name not in summary]
     if missing:
@@ -103,7 +103,7 @@ def read_run(path: Path) -> Run:
         shape = " x ".join(map(str, accuracy.shape))
         raise ValueError(f"{path} has {summary['num_tasks']} tasks but an accuracy_matrix.csv of {shape}: left out.")
     settings = _settings(config)
-    planned = dict.fromkeys(part["num_tasks"] for part in summary.get("history", [summary]))
+    planned = dict.fromkeys(part["num_tasks"] for part in summary["history"])
     settings["planned_tasks"] = ", ".join(map(str, planned))
     return Run(path, summary, settings, config["dataset"].get("root", ""), accuracy)
 

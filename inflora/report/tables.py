@@ -125,7 +125,7 @@ def provenance_table(section: Section) -> Table:
             [str(summary["seed"]) for summary in summaries],
             [shorten(group.runs[0].settings["dataset.class_order"]) + number],
             [_revision_text(part) for run in group.runs for part in run.history],
-            [summary["versions"]["torch"] for summary in summaries],
+            [part["versions"]["torch"] for run in group.runs for part in run.history],
             [part["device"] for run in group.runs for part in run.history],
         )
         rows.append([group.label, *(", ".join(dict.fromkeys(column)) for column in columns)])
