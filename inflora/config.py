@@ -156,7 +156,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (yaml.YAMLError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} cannot be read as the configuration of a run; restore it from a copy, or choose another output_dir")
+        raise ValueError(f"{file} cannot be read as the configuration of a run; restore it from a copy, or use another folder")
     return found
 
 

@@ -175,8 +175,10 @@ def peak_memory_bytes(device: torch.device) -> int:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
-    import resource  # here, because Windows has none
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows: not known
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # others count kilobytes
 

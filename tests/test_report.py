@@ -39,6 +39,10 @@ def random_accuracy(task_sizes: list[int], seed: int, loss: float, joint: bool =
     return accuracy
 
 
+def weights_of(sixteenth: str, source: str = "timm") -> dict[str, str]:
+    return {"source": source, "tensors_sha256": 4 * sixteenth}
+
+
 def write_run(
     folder: Path,
     *,
@@ -88,7 +92,8 @@ def write_run(
         "test_counts": counts,
         "test_hash": "0123456789abcdef" * 4,
         "split": "stratified(0)",
-        "weights_sha256": "fedcba9876543210" * 4,
+        "weights": weights_of("fedcba9876543210"),
+        "weights_sha256": "0123456789abcdef" * 4,
         "transform": "shift",
         "normalize": "timm",
         **summarize(accuracy, np.minimum(accuracy * 1.05, 1.0), np.minimum(accuracy * 1.02, 1.0), counts),
@@ -240,7 +245,7 @@ def test_precisions_are_apart(tmp_path: Path):
     [
         ({"dataset": {"max_train_per_class": 100}}, "digits_5task, vit_micro (dataset.max_train_per_class=100)"),
         ({"changes": {"test_hash": "f" * 64}}, "digits_5task, vit_micro (test_hash=ffffffffffff)"),
-        ({"changes": {"weights_sha256": "f" * 64}}, "digits_5task, vit_micro (weights_sha256=ffffffffffff)"),
+        ({"changes": {"weights": weights_of("f" * 16)}}, "digits_5task, vit_micro (weights=ffffffffffff)"),
         ({"changes": {"dataset": "cifar100_10task"}}, "cifar100_10task, vit_micro"),
         ({"task_sizes": (4, 6)}, "digits_5task, vit_micro (dataset.num_tasks=2)"),
     ],
@@ -258,12 +263,13 @@ def test_other_data_or_weights_are_another_section(tmp_path: Path, difference: d
     "different, titles",
     [
         ("train_hash", ("(images=flowers)", "(images=birds)")),
-        ("weights_sha256", ("(weights_sha256=000000000000)", "(weights_sha256=111111111111)")),
+        ("weights", ("(weights=000000000000)", "(weights=111111111111)")),
     ],
 )
 def test_own_data_sets_are_called_by_their_folders(different: str, titles: tuple[str, str], tmp_path: Path):
     for number, name in enumerate(("flowers", "birds")):
-        run = write_run(tmp_path / name, changes={"dataset": "imagefolder", different: f"{number}" * 64})
+        other = weights_of(f"{number}" * 16) if different == "weights" else f"{number}" * 64
+        run = write_run(tmp_path / name, changes={"dataset": "imagefolder", different: other})
         config = yaml.safe_load((run / "config.yaml").read_text())
         config["dataset"]["root"] = f"data/{name}"
         (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -310,7 +316,7 @@ def test_a_continued_sequence_is_no_repetition_of_one_planned_whole(tmp_path: Pa
 
 def test_seeds_of_random_weights_are_one_group(tmp_path: Path):
     for seed in (0, 1):
-        write_run(tmp_path / str(seed), seed=seed, changes={"weights": {"source": "random"}, "weights_sha256": f"{seed}" * 64})
+        write_run(tmp_path / str(seed), seed=seed, changes={"weights": weights_of(f"{seed}" * 16, "random")})
     (section,) = report.load([tmp_path]).sections
     assert [len(group.runs) for group in section.groups] == [2]
 
@@ -459,7 +465,7 @@ def test_html_is_whole_and_self_contained(written: Path):
     assert all(str(link).startswith(("#", "data:")) for link in outside)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
     assert figures.INK not in source[source.index("<svg") :]
-    for text in ("inflora", "sequential", "joint", "seed=3 is unfinished", "higher last accuracy"):
+    for text in ("inflora", "sequential", "joint", "seed=3 is unfinished", "last, inflora higher"):
         assert text in page.text
 
 
@@ -570,7 +576,7 @@ NOT_COMPARABLE = (
     "The runs come from different code revisions: see the last table.",
     "Some runs come from code with uncommitted changes: see the last table.",
     "The runs come from different versions of torch: see the last table.",
-    "The runs come from different devices: their times cannot be compared.",
+    "The runs come from different devices: their times and memory cannot be compared.",
 )
 
 

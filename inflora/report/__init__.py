@@ -63,7 +63,7 @@ def write_loaded(loaded: Loaded, out_dir: Path, *, reference: str = "inflora") -
     texts = {
         "report.md": page.to_markdown_page(parts, loaded.left_out),
         "report.html": page.to_html_page(parts, loaded.left_out),
-        "results.csv": tables.runs_frame(loaded.sections).to_csv(index=False),
+        "results.csv": tables.runs_frame(loaded.sections).to_csv(index=False, lineterminator="\n"),
         "table.tex": "\n".join(tables.to_latex(section) for section in loaded.sections),
     }
     for name, text in texts.items():

@@ -22,14 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", metavar="RUN_OR_MULTIRUN_DIR", help="run folders, or folders that hold them at any depth")
     parser.add_argument("--out", default="report", type=Path, metavar="DIR", help="where to write (default: report)")
     parser.add_argument(
-        "--reference", default="inflora", metavar="METHOD", help="the method compared with each other one, seed by seed (default: inflora)"
+        "--reference", metavar="METHOD", help="the method compared with each other one, seed by seed (default: inflora, else the best)"
     )
     options = parser.parse_args(arguments)
     try:
         loaded = load(options.folders)
         for sentence in loaded.left_out:
             print(sentence, file=sys.stderr)
-        path = write_loaded(loaded, options.out, reference=options.reference)
+        methods = sorted({group.method for section in loaded.sections for group in section.groups})
+        if options.reference is not None and options.reference not in methods:
+            raise ValueError(f"--reference {options.reference}: no run of this method was found; choose one of {', '.join(methods)}")
+        path = write_loaded(loaded, options.out, reference=options.reference or "inflora")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

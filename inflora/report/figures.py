@@ -20,7 +20,7 @@ from inflora.report.tables import count_text, duration_text
 
 INK = "#1b2630"  # text and axes; the HTML page replaces it by its own text colour, so that figures follow light and dark
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",  # matplotlib's list of them, which DejaVu Sans leads: a browser may have another
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -38,6 +38,7 @@ _STYLE: dict[Any, Any] = {
 }
 _WIDTH = 5.2  # inches: text stays readable when the figure is scaled to a phone's screen
 _LETTERS_PER_LINE = 68  # of 8-point text across that width
+_LETTERS_PER_TITLE_LINE = 48  # bold
 # Okabe and Ito's palette without black and yellow, which vanish on dark and on light paper; markers and dashes repeat the distinction.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _MARKERS = "osD^vP"
@@ -114,8 +115,9 @@ def forgetting_per_task(section: Section) -> Figure | None:
 @matplotlib.rc_context(_STYLE)
 def accuracy_matrix(section: Section, group: Group) -> Figure:
     """Heat map of the accuracy on task j (column) after task i (row), mean over the runs."""
-    figure, axes = _axes(section, f"Accuracy matrix of {group.label}", groups=[group])
-    figure.set_size_inches(_WIDTH, 4.6)
+    title = textwrap.wrap(f"Accuracy matrix of {group.label}", _LETTERS_PER_TITLE_LINE)
+    figure, axes = _axes(section, "\n".join(title), groups=[group])
+    figure.set_size_inches(_WIDTH, 4.6 + 0.17 * (len(title) - 1))
     matrix = group.mean_accuracy()
     image = axes.pcolormesh(np.ma.masked_invalid(matrix), vmin=0, vmax=100, cmap="viridis", edgecolors="face", linewidth=0.2)
     if len(matrix) <= _MOST_TASKS_WITH_NUMBERS:
@@ -159,16 +161,19 @@ def accuracy_and_storage(section: Section) -> Figure | None:
 def wall_time(section: Section) -> Figure:
     """Mean time of a run, in parts."""
     figure, axes = _axes(section, "Time of a run")
-    figure.set_size_inches(_WIDTH, 1.7 + 0.28 * len(section.groups))
+    labels = [textwrap.fill(group.label, 24) for group in section.groups]
+    most_lines = max(label.count("\n") + 1 for label in labels)
+    figure.set_size_inches(_WIDTH, 1.7 + (0.13 + 0.15 * most_lines) * len(labels))
     rows = np.arange(len(section.groups))
     end = np.zeros(len(rows))
-    for part, colour in zip(("subspace", "train", "evaluate", "other"), _COLOURS, strict=False):
+    names = {"subspace": "before and after tasks", "train": "train", "evaluate": "evaluate", "other": "other"}
+    for (part, name), colour in zip(names.items(), _COLOURS, strict=False):
         seconds = np.array([_seconds(group, part) for group in section.groups])
-        axes.barh(rows, seconds, left=end, color=colour, height=0.6, label=part)
+        axes.barh(rows, seconds, left=end, color=colour, height=0.6, label=name)
         end += seconds
     for row, total in enumerate(end):
         axes.annotate(duration_text(total), (total, row), xytext=(4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(rows, [textwrap.fill(group.label, 24) for group in section.groups])
+    axes.set_yticks(rows, labels)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.grid(axis="y", visible=False)

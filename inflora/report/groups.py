@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from inflora.report.runs import Run
 
-_HASHES = ("test_hash", "train_hash", "weights_sha256")
+_HASHES = ("test_hash", "train_hash", "weights")
 _LONGEST_SETTINGS_IN_A_LABEL = 40  # characters: beyond that, a legend does not fit below its plot
 
 
@@ -81,7 +81,7 @@ def sections_of(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
     """Sort runs into sections and groups, best last accuracy first.
 
     Returns:
-        The sections, and one sentence for each run that was left out because a later run (by path) repeats it.
+        The sections, and one sentence for each run that was left out because one that ended later repeats it.
     """
     by_data = _split(runs, _what_must_agree)
     sections, left_out = [], []
@@ -96,9 +96,13 @@ def paired_differences(section: Section, reference: str) -> list[Difference]:
     """Differences between one group and every other that shares a seed and class order with it.
 
     Args:
-        reference: a method; the section's best group of this method is compared, or, where there is none, its best group.
+        reference: a method; of its groups in the section, the best that can be paired is compared; where there is none, the best of all.
     """
-    first = next((group for group in section.groups if group.method == reference), section.groups[0])
+    candidates = [group for group in section.groups if group.method == reference] or section.groups[:1]
+    return next(filter(None, (_differences_from(first, section) for first in candidates)), [])
+
+
+def _differences_from(first: Group, section: Section) -> list[Difference]:
     differences = []
     for other in section.groups:
         pairs = [(a, b) for a in first.runs for b in other.runs if a.stream == b.stream]
@@ -117,9 +121,9 @@ def _what_must_agree(run: Run) -> dict[str, str]:
     """Everything about data and weights that makes accuracies incomparable when it differs."""
     summary = run.summary
     settings = {key: value for key, value in run.settings.items() if key.startswith(("dataset.", "backbone."))}
-    hashes = {key: str(summary[key])[:12] for key in _HASHES if key in summary}
-    if summary.get("weights", {}).get("source") == "random":  # drawn with the run's seed
-        hashes["weights_sha256"] = "random"
+    hashes = {key: summary[key][:12] for key in ("test_hash", "train_hash") if key in summary}
+    is_random = summary["weights"]["source"] == "random"  # drawn with the run's seed
+    hashes["weights"] = "random" if is_random else summary["weights"]["tensors_sha256"][:12]  # that of the file would part equal ones
     return {"dataset": summary["dataset"], "backbone": summary["backbone"], **settings, **hashes}
 
 
@@ -130,7 +134,7 @@ def _groups_of(runs: list[Run]) -> tuple[list[Group], list[str]]:
         by_settings = _split(same_method, lambda run: run.settings)
         differences = differing([settings for settings, _ in by_settings])
         for number, (differs, (_, members)) in enumerate(zip(differences, by_settings, strict=True), start=1):
-            latest = {run.summary["seed"]: run for run in members}  # runs come in the order of their paths, which carry the time
+            latest = {run.summary["seed"]: run for run in sorted(members, key=lambda run: (run.path / "summary.json").stat().st_mtime)}
             kept = [latest[seed] for seed in sorted(latest)]
             repeated = (run for run in members if run is not latest[run.summary["seed"]])
             left_out += [f"{run.path} is repeated by {latest[run.summary['seed']].path}: left out." for run in repeated]

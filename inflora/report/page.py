@@ -12,6 +12,7 @@ from inflora.report.tables import (
     definitions_table,
     differences_table,
     main_table,
+    markdown_text,
     provenance_table,
     settings_table,
     to_markdown,
@@ -47,7 +48,7 @@ def to_markdown_page(parts: list[Part], left_out: list[str]) -> str:
     """report.md: figures are links to the PNG files beside it."""
     blocks = ["# Report"]
     for part in parts:
-        blocks += [f"## {part.title}", part.facts, to_markdown(part.main), *part.notes]
+        blocks += [f"## {markdown_text(part.title)}", markdown_text(part.facts), to_markdown(part.main), *map(markdown_text, part.notes)]
         blocks += [f"![{name.rsplit('/')[-1]}]({name}.png)" for name in part.figures]
         blocks += [to_markdown(table) for table in part.tables]
     blocks += ["## What the columns mean", "\n".join(f"- **{name}**: {meaning}" for name, meaning in MEANINGS.items())]
@@ -93,7 +94,10 @@ def _notes(section: Section) -> list[str]:
     if len({part["versions"]["torch"] for part in parts}) > 1:
         notes.append("The runs come from different versions of torch: see the last table.")
     if len({part["device"] for part in parts}) > 1:
-        notes.append("The runs come from different devices: their times cannot be compared.")
+        notes.append("The runs come from different devices: their times and memory cannot be compared.")
+    folders = list(dict.fromkeys(run.root for run in section.runs if run.settings.get("dataset._target_", "").endswith(".imagefolder")))
+    if len(folders) > 1:
+        notes.append(f"Their images lay in different folders ({', '.join(folders)}) and are taken for the same by the names of the files.")
     budgets = differing([{key: value for key, value in run.settings.items() if key.startswith("trainer.")} for run in section.runs])
     if budgets[0]:
         values = (f"{key} ({', '.join(dict.fromkeys(budget[key] for budget in budgets))})" for key in budgets[0])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from inflora import config as configuration
 from inflora.config import RESULT_FREE
 
-# Runs that differ in nothing else are repetitions of one experiment. What was in a checkpoint of the backbone, weights_sha256 says.
+# Runs that differ in nothing else are repetitions of one experiment. The hash of the tensors says what was in a backbone's checkpoint.
 NOT_PART_OF_THE_EXPERIMENT = ("seed", "backbone.checkpoint", *sorted(RESULT_FREE))
 
 # fmt: off
@@ -23,8 +23,9 @@ _REQUIRED = (  # names in summary.json
     "weights_sha256", "transform", "normalize", "accuracy_curve", "last_accuracy", "last_accuracy_macro", "average_accuracy",
     "average_accuracy_macro", "forgetting", "forgetting_clamped", "forgetting_coda", "forgetting_libcontinual", "backward_transfer",
     "learning_accuracy", "task_aware_accuracy", "task_id_accuracy", "trainable_parameters", "stored_parameters", "peak_memory_bytes",
-    "wall_seconds", "history",
+    "wall_seconds", "weights", "history",
 )
+_REQUIRED_OF_A_PART = ("num_tasks", "device", "git_commit", "git_dirty", "versions")  # of every part in its history
 # fmt: on
 
 
@@ -68,7 +69,8 @@ def find_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
         FileNotFoundError: if a folder does not exist.
         ValueError: if no finished run is found.
     """
-    paths = sorted({path for folder in folders for path in _run_folders(Path(folder))})
+    named = {path.resolve(): path for folder in folders for path in _run_folders(Path(folder))}  # once, however it is named
+    paths = sorted(named.values())
     runs, left_out = [], []
     for path in paths:
         try:
@@ -92,11 +94,14 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path} is unfinished (no summary.json): left out.")
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        config = configuration.read(path) or {}
+        config = configuration.read(path)
         accuracy = pd.read_csv(path / "accuracy_matrix.csv").to_numpy(dtype=np.float64)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): left out.") from error
     missing = [name for name in _REQUIRED if name not in summary]
+    missing += [name for name in _REQUIRED_OF_A_PART if any(name not in part for part in summary.get("history", []))]
+    if config is None:
+        raise ValueError(f"{path} has no config.yaml: left out.")
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)} in its summary.json: left out.")
     if accuracy.shape != (summary["num_tasks"],) * 2:

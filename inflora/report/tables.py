@@ -1,6 +1,7 @@
 """Tables of a section, as plain cells; and the ways to write a table: markdown, LaTeX, CSV, terminal."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ MEANINGS = {
 _LATEX = str.maketrans({
     **{character: rf"\{character}" for character in "_%&#${}"},
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "−": "$-$", UNDEFINED: "--", "…": r"\ldots{}",
 })  # fmt: skip
 
@@ -103,7 +105,7 @@ def differences_table(section: Section, reference: str) -> Table | None:
         for difference in differences
     ]
     label = differences[0].reference.label
-    header = ["other method", "pairs", "last", "average", "forgetting", "higher last accuracy"]
+    header = ["other method", "pairs", "last", "average", "forgetting", f"last, {label} higher"]
     return Table(f"{label} minus each other method, on the same seeds and class orders, percentage points", header, rows)
 
 
@@ -158,8 +160,14 @@ def to_frame(table: Table) -> pd.DataFrame:
 
 def to_markdown(table: Table) -> str:
     alignment = ["---", *["---:"] * (len(table.header) - 1)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [table.header, alignment, *table.rows]]
-    return f"{table.caption}:\n\n" + "\n".join(lines) + "\n"
+    rows = [map(markdown_text, table.header), alignment, *(map(markdown_text, row) for row in table.rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return f"{markdown_text(table.caption)}:\n\n" + "\n".join(lines) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """`text` without a meaning for markdown; an underscore inside a word has none."""
+    return re.sub(r"[|*<`]|\b_(?!\w)|(?<!\w)_", r"\\\g<0>", text)
 
 
 def to_latex(section: Section) -> str:
@@ -186,7 +194,9 @@ def print_section(section: Section, console: Console) -> None:
     """The first columns of the main table: as many as fit a terminal of 80 columns."""
     table = main_table(section)
     shown = ["method", "n", "last", "average", "forgetting"]
-    rich_table = RichTable(title=section.title, caption=table.caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    rich_table = RichTable(
+        title=escape(section.title), caption=table.caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
+    )
     for name in shown:
         rich_table.add_column(name, justify="left" if name == "method" else "right")
     for row in table.rows:
