@@ -19,6 +19,7 @@ Source: Liang & Li 2024 (InfLoRA, arXiv 2404.00228) and its reference implementa
 stated where they occur.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -153,7 +154,7 @@ class DualGPM:
         else:
             count = int((missed > allowed * (1 + _TIE)).sum())
             if is_first:
-                count = max(1, count - 1 if self.energy == "gram" else count)
+                count = min(max(1, count - 1 if self.energy == "gram" else count), len(values))
 
         if count == 0:
             return
@@ -235,7 +236,9 @@ def design_branch(
     if decomposition not in ("PC", "PCP"):
         raise ValueError(f"method.decomposition={decomposition} is unknown; choose PC or PCP")
     moment, two_sided = _Moment.of(covariance, memory.dim), decomposition == "PCP"
-    directions = _leading(moment, memory, lambda values: len(values) >= rank, two_sided=two_sided)
+    directions = None
+    if 4 * rank <= memory.dim - memory.dimension:
+        directions = _leading(moment, memory, lambda values: len(values) >= rank, two_sided=two_sided)
     if directions is None:
         directions = _all(moment, memory.free_basis(), two_sided=two_sided)
     found = min(rank, int((directions.values > moment.rounding).sum()))
@@ -252,13 +255,10 @@ def design_branch(
 
 
 def _on_cpu(covariance: Tensor, dim: int) -> Tensor:
-    """The covariance on the CPU, checked, in its own type or float32, whichever is wider."""
+    """The covariance on the CPU, in its own type or float32, whichever is wider."""
     if covariance.shape != (dim, dim):
         raise ValueError(f"the covariance has shape {tuple(covariance.shape)}; a layer with {dim} inputs needs ({dim}, {dim})")
-    C = covariance.detach().cpu().to(torch.promote_types(covariance.dtype, torch.float32))
-    if not C.sum().isfinite() and not C.isfinite().all():  # the sum takes a tenth of the time
-        raise ValueError("the covariance holds NaN or infinity: the layer's inputs have diverged; lower optimizer.lr or check the data")
-    return C
+    return covariance.detach().cpu().to(torch.promote_types(covariance.dtype, torch.float32))
 
 
 class _Moment(NamedTuple):
@@ -280,7 +280,9 @@ class _Moment(NamedTuple):
     def of(cls, covariance: Tensor, dim: int) -> "_Moment":
         C = _on_cpu(covariance, dim)
         C = (C + C.mT).double().div_(2)  # added before it is made wide: half the time, and what that rounds is within `rounding`
-        norm = C.norm().item()
+        norm = C.norm(dim=1).norm().item()  # row by row: one long sum would lose digits that decide near-ties
+        if not math.isfinite(norm):
+            raise ValueError("the covariance holds NaN or infinity: the layer's inputs have diverged; lower optimizer.lr or check the data")
         return cls(C, norm, norm * max(dim * torch.finfo(torch.float64).eps, 4 * torch.finfo(covariance.dtype).eps))
 
     @property
@@ -345,8 +347,8 @@ def _leading(moment: _Moment, memory: DualGPM, is_enough: Callable[[Tensor], boo
 
     negligible = memory.dim * torch.finfo(C.dtype).eps * moment.norm ** (2 if squared else 1)
     Q, H = C.new_empty(limit, memory.dim).mT, C.new_zeros(limit, limit)
-    # Any start will do; a fixed one makes runs repeatable.
-    start = torch.randn(memory.dim, _BLOCK, dtype=C.dtype, generator=torch.Generator().manual_seed(0))
+    # Any start will do that has nothing to do with C; a fixed one makes runs repeatable.
+    start = torch.randn(memory.dim, _BLOCK, dtype=C.dtype, generator=torch.Generator().manual_seed(7723591))
     X, size, next_look = torch.linalg.qr(into_free(start)).Q, 0, 2 * _BLOCK
     while size + _BLOCK <= limit:
         new = slice(size, size + _BLOCK)
@@ -356,10 +358,10 @@ def _leading(moment: _Moment, memory: DualGPM, is_enough: Callable[[Tensor], boo
         Z = into_free(C @ (C @ X) if squared else C @ X)
         H[:size, new] = span.mT @ Z
         X, R = torch.linalg.qr(torch.addmm(Z, span, H[:size, new], alpha=-1))
-        X, again = torch.linalg.qr(into_free(torch.addmm(X, span, span.mT @ X, alpha=-1)))
-        is_exhausted = bool(R.diagonal().abs().min() <= negligible)  # some of the block is noise from here on
-        R = again @ R
-        if size < next_look and not is_exhausted:
+        if R.diagonal().abs().min() <= negligible:
+            return None  # some of the block is noise from here on
+        X = torch.linalg.qr(into_free(torch.addmm(X, span, span.mT @ X, alpha=-1))).Q
+        if size < next_look and size + _BLOCK <= limit:
             continue
 
         next_look = 1.4 * size  # a look is a decomposition too
@@ -374,8 +376,6 @@ def _leading(moment: _Moment, memory: DualGPM, is_enough: Callable[[Tensor], boo
             if ((values[: len(ends)] - ends <= moment.rounding) & (ends > moment.rounding)).any():
                 return None
             return _Directions(values[:count], torch.linalg.qr(into_free(span @ vectors[:, :count])).Q)
-        if is_exhausted:
-            return None
     return None
 
 

@@ -374,8 +374,16 @@ def test_wrong_arguments_of_the_memory() -> None:
         memory.update(torch.eye(4), 1.5)
     with pytest.raises(ValueError, match=r"the covariance has shape \(3, 3\); a layer with 4 inputs needs \(4, 4\)"):
         memory.update(torch.eye(3), 0.9)
-    with pytest.raises(ValueError, match="the covariance holds NaN or infinity"):
-        memory.update(torch.full((4, 4), torch.nan), 0.9)
+    for value in (torch.nan, torch.inf, 3e38):  # the sum of two entries as large as the last one is no longer finite
+        with pytest.raises(ValueError, match="the covariance holds NaN or infinity"):
+            memory.update(torch.full((4, 4), value), 0.9)
+
+
+def test_a_covariance_that_is_nothing_but_rounding_protects_nothing() -> None:
+    """The norm of many equal values is so much larger than each that a coarse type cannot tell them from its rounding."""
+    memory = DualGPM(1024)
+    memory.update(torch.eye(1024).bfloat16(), 0.9)
+    assert memory.dimension == 0
 
 
 # ---- the design ----
@@ -477,10 +485,10 @@ def test_wrong_arguments_of_the_design() -> None:
 # ---- wide layers: the leading directions by iterations ----
 
 
-def wide_moment(seed: int, dim: int, copies: int = 1) -> Tensor:
-    """(dim, dim) float32, steep: singular values 1, 1/2, 1/3 ..., each `copies` times."""
+def wide_moment(seed: int, dim: int, copies: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(dim, dim), steep: singular values 1, 1/2, 1/3 ..., each `copies` times."""
     directions = torch.linalg.qr(second_moment(seed, dim)).Q
-    return ((directions / (torch.arange(dim, dtype=torch.float64) // copies + 1)) @ directions.mT).float()
+    return ((directions / (torch.arange(dim, dtype=torch.float64) // copies + 1)) @ directions.mT).to(dtype)
 
 
 @pytest.mark.parametrize("copies", [1, 2, 5])
@@ -527,6 +535,18 @@ def test_a_few_directions_of_a_wide_layer_need_no_whole_decomposition(monkeypatc
     memory.update(wide_moment(0, 400), 0.9)
     memory.update(wide_moment(1, 400), 0.97)
     assert 16 < memory.dimension < 60
+
+
+@pytest.mark.parametrize("decomposition", ["PC", "PCP"])
+def test_iterations_in_float64_are_as_exact_as_a_whole_decomposition(decomposition: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the square, which would lose what a float64 covariance can tell, is left to one."""
+    C = wide_moment(3, 600, dtype=torch.float64)
+    for memory in [DualGPM(600), *memories(0, 600, 40)]:
+        found = design_branch(C, memory, 10, decomposition=decomposition, scale=1.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(subspace, "_WIDE", 1000)
+            whole = design_branch(C, memory, 10, decomposition=decomposition, scale=1.0)
+        assert found.dtype == torch.float64 and largest_angle(found.mT, whole.mT) < 1e-11
 
 
 @pytest.mark.parametrize("kind", ["fresh", "remove"])
