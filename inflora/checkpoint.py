@@ -84,16 +84,6 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(state: Any) -> str:
-    """The sha256, in hexadecimal, of a nest as `save` takes it: equal when names, types, shapes and every bit are equal."""
-    structure, tensors = _flatten(state)
-    digest = hashlib.sha256(json.dumps(structure).encode())
-    for key, tensor in tensors.items():
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_integers(tensor.cpu()).numpy().data)
-    return digest.hexdigest()
-
-
 # ---- one checkpoint ----------------------------------------------------------------------------------------------------------------
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-from helpers import compose_config, read_events, run_toy
+from helpers import compose_config, fingerprint, read_events, run_toy
 from learning import Fit, build, changed, learn, scores, tensors, test_images
 from torch import Tensor, nn
 
-from inflora import checkpoint, lora
+from inflora import lora
 from inflora.classifier import TaskHeads
 from inflora.methods.fecam import FeCAM, correlations, shrunk
 from inflora.methods.inflora import InfLoRA
@@ -339,7 +339,7 @@ def test_inflora_ca_is_inflora_with_the_same_component():
     first, _, _ = toy.sequence()
     for one in (method, plain):
         learn(one, [first])
-    assert checkpoint.fingerprint(method.backbone.state_dict()) == checkpoint.fingerprint(plain.backbone.state_dict())
+    assert fingerprint(method.backbone.state_dict()) == fingerprint(plain.backbone.state_dict())
 
 
 # ---- InfLoRA-b5 --------------------------------------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_inflora_b5_leaves_the_blocks_after_the_fifth_alone():
 
 def test_inflora_b5_on_a_shallow_backbone_is_inflora():
     found, plain = (learn(build([f"method={name}"]), toy.sequence()) for name in ("inflora_b5", "inflora"))
-    assert checkpoint.fingerprint(found.state_dict()) == checkpoint.fingerprint(plain.state_dict())
+    assert fingerprint(found.state_dict()) == fingerprint(plain.state_dict())
 
 
 # ---- FeCAM -------------------------------------------------------------------------------------------------------------------------

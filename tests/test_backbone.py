@@ -299,7 +299,6 @@ def test_cached_weights_need_no_network(offline, monkeypatch, tmp_path):
     assert offline == []
 
 
-@pytest.mark.skipif(not SHIPPED_WEIGHTS.exists(), reason="the shipped weights are not there yet")
 def test_the_shipped_weights_fit(caplog):
     with caplog.at_level(logging.WARNING):
         found = build_backbone("vit_micro.tiny_imagenet", pretrained=True, checkpoint=None)

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from far_device import FAR, far_device
+from helpers import fingerprint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from inflora import checkpoint
-from inflora.checkpoint import CheckpointError, CheckpointFolder, fingerprint, load, save, sha256_file
+from inflora.checkpoint import CheckpointError, CheckpointFolder, load, save, sha256_file
 
 
 def assert_same(a, b) -> None:

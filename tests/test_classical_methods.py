@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+from helpers import fingerprint
 from learning import Fit, build, changed, learn, scores, tensors, test_images
 from torch import Tensor, nn
 
@@ -115,8 +116,8 @@ def test_the_first_task_of_lwf_is_plain_training():
     lwf, plain = build(["method=lwf", "method.variant=full"]), build(["method=sequential_full"])
     for method in (lwf, plain):
         Fit(method, first).begin().train(epochs=2)
-    assert checkpoint.fingerprint(lwf.backbone.state_dict()) == checkpoint.fingerprint(plain.backbone.state_dict())
-    assert checkpoint.fingerprint(lwf.heads.state_dict()) == checkpoint.fingerprint(plain.heads.state_dict())
+    assert fingerprint(lwf.backbone.state_dict()) == fingerprint(plain.backbone.state_dict())
+    assert fingerprint(lwf.heads.state_dict()) == fingerprint(plain.heads.state_dict())
 
 
 def test_lwf_forgets_less_of_its_old_scores_than_plain_training():
@@ -594,7 +595,7 @@ def test_the_first_task_of_icarl_is_plain_training():
     ours, plain = icarl(), build(["method=sequential_full"])
     for method in (ours, plain):
         Fit(method, first).begin().train(epochs=2)
-    assert checkpoint.fingerprint(ours.backbone.state_dict()) == checkpoint.fingerprint(plain.backbone.state_dict())
+    assert fingerprint(ours.backbone.state_dict()) == fingerprint(plain.backbone.state_dict())
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------------------
@@ -664,4 +665,4 @@ def test_a_stop_between_two_steps_leaves_no_trace(name, tmp_path):
     steps(resumed, 1, range(1, 3))
     for method in (through, resumed):
         Fit(method, second).end()
-    assert checkpoint.fingerprint(resumed.state_dict()) == checkpoint.fingerprint(through.state_dict())
+    assert fingerprint(resumed.state_dict()) == fingerprint(through.state_dict())

@@ -12,7 +12,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def untouched(tmp_path: Path) -> Iterator[None]:
     """Whatever a test builds in `tmp_path / "data"` before its first call must be there afterwards, unchanged."""
     root, before = tmp_path / "data", {}
-    original = datasets.find_source
 
-    def remember(*args):
-        before.update({path: _state(path) for path in root.rglob("*")} if not before else {})
-        return original(*args)
+    def remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+        def remember(*args: Any) -> Any:
+            before.update({path: _state(path) for path in root.rglob("*")} if not before else {})
+            return original(*args)
+
+        return remember
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "find_source", remember)
+        for name in ("find_source", "_cifar100_folder"):  # one of them is the first to look
+            patch.setattr(datasets, name, remembering(getattr(datasets, name)))
         yield
     assert {path: _state(path) for path in before} == before
 
@@ -187,7 +190,7 @@ def test_every_layout_of_cifar100_is_the_same_data_set(layout: str, tmp_path: Pa
 
 
 def test_unpacking_happens_once(tmp_path: Path) -> None:
-    root = cifar_layout("tar.gz", tmp_path / "data", write_toy(tmp_path / "toy"))
+    root = cifar_layout("tar.gz", tmp_path / "changing", write_toy(tmp_path / "toy"))
     cifar100(root)
     (root / "cifar-100-python.tar.gz").write_bytes(b"no longer read")
     cifar100(root)
@@ -412,6 +415,13 @@ def test_inflora_split_of_a_small_folder(layout: str, tmp_path: Path, caplog: py
     assert splits.train.paths == [names[row] for row in sorted(permutation[:24])]
     assert splits.class_names == WNIDS
     assert [splits.class_names[label] for label in splits.test.labels] == [path.split("/")[0] for path in splits.test.paths]
+    written = tmp_path / ("data" if layout == "train and test" else "build")
+    lying = {f"{path.parent.name}/{path.name}": path for path in written.rglob("*.jpg")}
+    for part in (splits.train, splits.test):
+        for row, path in enumerate(part.paths):
+            pixels, sizes = part.images.fetch(torch.tensor([row]))
+            height, width = pixels.shape[2:] if sizes is None else sizes[0].tolist()
+            assert np.array_equal(pixels[0, :, :height, :width].permute(1, 2, 0), np.asarray(Image.open(lying[path])))
     assert splits.split_id == "inflora (unpublished)"
     assert "the test images are not those of the published split inflora" in caplog.text
     assert "3 classes (200), 24 train (24000), 6 test (6000)" in caplog.text

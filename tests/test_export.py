@@ -266,6 +266,21 @@ def test_images_of_other_classes_are_no_test(sizes: str, tmp_path: Path, capsys:
     assert error_of(capsys) == f"dataset.root={root} has other classes than {tmp_path / 'run'} was trained on; test on the same ones"
 
 
+def test_images_may_lie_elsewhere_and_be_tested_on_another_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, num_classes in (("here", 4), ("there", 4), ("others", 6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "num_classes").write_text(str(num_classes))
+    options = ["dataset._target_=toy.growing", f"dataset.root={tmp_path / 'here'}", "dataset.num_tasks=2", "trainer.epochs=1"]
+    run_toy(tmp_path / "run", "method=linear_probe", *options)
+    (tmp_path / "here" / "num_classes").unlink()
+    assert evaluate.main([str(tmp_path / "run"), "--root", str(tmp_path / "there")]) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "run"), "--root", str(tmp_path / "others")]) == 1
+    assert "has other classes than" in error_of(capsys)
+    assert evaluate.main([str(tmp_path / "run"), "--root", str(tmp_path / "there"), "--device", "mps"]) == 1
+    assert error_of(capsys).startswith("trainer.device=mps, but torch finds no such device")
+
+
 class Strange(LinearProbe):
     """Answers that no comparison should take for a model's."""
 

@@ -1,5 +1,6 @@
 """The interference figures against the definition, written out with dense matrices."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,20 @@ def test_the_figures_are_the_definition(eval_batch_size):
     found = probe.after(vit, tasks[:2])
     expected = [direct(before, weights(vit), images(task)) for task in tasks[:2]]
     assert found == [pytest.approx(row, rel=1e-5) for row in expected]
+
+
+def test_two_processes_measure_what_one_does(monkeypatch):
+    """Two processes in this one: each leaves its sums; those of both are the sums of one."""
+    sums: list[Tensor] = []
+    monkeypatch.setattr("inflora.interference.sum_over_processes", lambda tensor: sums.append(tensor.clone()) or tensor)
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        vit, task = toy.toy_vit().eval(), toy.sequence(3)[0]
+        task._loading = replace(task._loading, rank=rank, world_size=world_size)
+        probe = InterferenceProbe()
+        probe.before(vit)
+        disturb(vit, 0.01)
+        probe.after(vit, [task])
+    torch.testing.assert_close(sums[1] + sums[2], sums[0])
 
 
 def test_a_live_branch_counts():

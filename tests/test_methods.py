@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import toy
+from helpers import fingerprint
 from learning import (
     CASES,
     GROWING,
@@ -149,9 +150,9 @@ def test_predicting_changes_nothing(case):
     method = build(case)
     tasks = sequence_for(method)
     learn(method, tasks)
-    before = checkpoint.fingerprint(method.state_dict())
+    before = fingerprint(method.state_dict())
     scores(method, test_images(tasks))
-    assert checkpoint.fingerprint(method.state_dict()) == before
+    assert fingerprint(method.state_dict()) == before
 
 
 @pytest.mark.parametrize("moment", ["begun", "trained", "ended"])
@@ -176,13 +177,13 @@ def test_a_fresh_instance_takes_over_anywhere(case, moment, tmp_path):
 
     x = test_images(tasks)
     assert torch.equal(scores(other, x), scores(method, x))
-    assert checkpoint.fingerprint(other.state_dict()) == checkpoint.fingerprint(method.state_dict())
+    assert fingerprint(other.state_dict()) == fingerprint(method.state_dict())
     for one in (method, other):  # and goes on in the same way
         one.task = last
         if moment != "ended":
             Fit(one, last).train().end()
         learn(one, stages[2:])
-    assert checkpoint.fingerprint(other.state_dict()) == checkpoint.fingerprint(method.state_dict())
+    assert fingerprint(other.state_dict()) == fingerprint(method.state_dict())
 
 
 def test_a_used_instance_takes_over_an_earlier_state(case):
@@ -190,11 +191,11 @@ def test_a_used_instance_takes_over_an_earlier_state(case):
     tasks = list(sequence_for(method))
     learn(method, tasks[:1])
     early = copy.deepcopy(method.state_dict())
-    fingerprint = checkpoint.fingerprint(early)
+    before = fingerprint(early)
     if len(tasks) > 1:
         Fit(method, tasks[1]).begin().train()
     method.load_state_dict(early)
-    assert checkpoint.fingerprint(method.state_dict()) == fingerprint
+    assert fingerprint(method.state_dict()) == before
 
 
 def test_one_class_per_task(case):
@@ -343,7 +344,7 @@ def test_inclora_frozen_keeps_its_random_factor_shared_by_keys_and_values():
 def test_joint_full_on_one_task_is_full_fine_tuning():
     joint = learn(build(["method=joint", "method.variant=full"]), toy.sequence(1, stream="joint"), epochs=2)
     full = learn(build(["method=sequential_full", "method.softmax=seen"]), toy.sequence(1), epochs=2)
-    assert checkpoint.fingerprint(joint.state_dict()) == checkpoint.fingerprint(full.state_dict())
+    assert fingerprint(joint.state_dict()) == fingerprint(full.state_dict())
 
 
 def test_joint_peft_on_one_task_is_seqlora():

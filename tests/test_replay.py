@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from helpers import fingerprint
 from learning import Fit, build
 from torch import Tensor
 
@@ -188,7 +189,7 @@ def test_a_saved_buffer_goes_on_as_if_nothing_had_happened(scored, tmp_path):
     other.load_state_dict(checkpoint.load(tmp_path / "buffer.safetensors"))
     for one in (store, other):
         one.offer(task, torch.tensor([1, 2, 4]), num_classes=1, **scores)
-    assert checkpoint.fingerprint(other.state_dict()) == checkpoint.fingerprint(store.state_dict())
+    assert fingerprint(other.state_dict()) == fingerprint(store.state_dict())
     assert len({image.shape for image in store.images}) > 1
 
 

@@ -145,10 +145,11 @@ def test_a_second_process_in_the_folder_is_refused_and_the_first_goes_on(whole, 
     folder = tmp_path / "run"
     first = started(*DIGITS, f"output_dir={folder}")
     wait_until(lambda: num_checkpoints(folder) >= 1)
+    first.send_signal(signal.SIGSTOP)  # it shall not end before the second one is there
     second = train_py(*DIGITS, f"output_dir={folder}")
-    if first.poll() is None:
-        assert second.returncode == 1
-        assert f"error: another process is at work in {folder}; wait until it ends, or choose another output_dir" in second.stderr
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    assert f"error: another process is at work in {folder}; wait until it ends, or choose another output_dir" in second.stderr
     _, said = first.communicate()
     assert first.returncode == 0, said
     assert results(folder) == results(whole)

@@ -25,9 +25,12 @@ from helpers import METHODS, ROOT, files_of, num_rows, read_events, results, run
 from torch._dynamo.utils import counters
 from torch.multiprocessing import ProcessExitedException
 
+from inflora import run_folder
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
 from inflora.evaluate import evaluate_run
+from inflora.export import export_run
+from inflora.methods.linear_probe import LinearProbe
 from inflora.run import Origin, _process, _spawned, _stop_signals_handed_on, run, started_by_launcher
 from inflora.trackers import read_matrix
 from inflora.trainer import Interrupted, Trainer
@@ -158,7 +161,6 @@ def test_the_summary(finished):
     assert len(found["test_hash"]) == len(found["weights_sha256"]) == 64
     assert {"torch", "timm", "numpy", "inflora", "python"} <= found["versions"].keys()
     assert found["git_commit"] is None or len(found["git_commit"]) == 40
-    assert found["git_dirty"] in (None, True, False)
     assert found["device"]
 
 
@@ -240,6 +242,42 @@ def test_joint_fills_the_last_row_only(tmp_path):
 def test_learning_raises_accuracy(tmp_path):
     """The loop trains for real: a linear probe on the toy's patterns ends far above chance (17 %)."""
     assert run_toy(tmp_path, "method=linear_probe", "trainer.epochs=10", "optimizer.lr=0.02")["task_aware_accuracy"] > 80
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", ["none", "timm"])
+def test_images_arrive_as_normalize_says(normalize, tmp_path, monkeypatch):
+    lowest, original = [], LinearProbe.loss
+    monkeypatch.setattr(LinearProbe, "loss", lambda self, x, y: lowest.append(x.min().item()) or original(self, x, y))
+    run_toy(tmp_path / "run", "method=linear_probe", "trainer.epochs=1", f"dataset.normalize={normalize}")
+    assert (min(lowest) < 0) == (normalize == "timm")
+    export_run(tmp_path / "run", tmp_path / "exported")
+    preprocessing = json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]
+    assert (preprocessing["mean"], preprocessing["std"]) == (([0.5] * 3, [0.5] * 3) if normalize == "timm" else ([0.0] * 3, [1.0] * 3))
+
+
+def test_subsets_of_the_images_are_those_of_the_configuration(tmp_path):
+    subsets = ["dataset.validation_fraction=0.5", "dataset.max_train_per_class=2", "dataset.max_test_per_class=1"]
+    found = run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1", *subsets)
+    assert found["split"] == "toy validation:0.5" and found["test_counts"] == [2, 2, 2]
+    assert read_events(tmp_path, "run")[0]["training_images"] == [4, 4, 4]
+
+
+def test_the_split_reaches_the_data_set(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(toy, "tiny", lambda root, *, split, tiny=toy.tiny: asked.append((root, split)) or tiny(root))
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1", "dataset.split=stratified:5", "dataset.root=somewhere")
+    assert asked == [(Path("somewhere"), "stratified:5")]
+
+
+def test_the_seed_of_the_run_moves_class_orders_that_say_so(tmp_path):
+    def order(seed: int, spec: str) -> list[int]:
+        folder = tmp_path / f"{seed} {spec}"
+        return run_toy(folder, "method=linear_probe", "trainer.epochs=1", f"seed={seed}", f"dataset.class_order={spec}")["class_order"]
+
+    assert order(1, "numpy:1993+seed") == order(0, "numpy:1994") != order(0, "numpy:1993+seed")
 
 
 # ---- the same again ----------------------------------------------------------------------------------------------------------------
@@ -363,6 +401,28 @@ def test_a_finished_run_goes_on_with_further_tasks(method, tmp_path):
         assert results(folder)["matrices"] == results(tmp_path / "at once")["matrices"]
 
 
+def test_a_sequence_that_is_continued_is_not_taken_for_finished(tmp_path, monkeypatch):
+    """A kill as soon as the longer configuration is there: the summary of the shorter sequence must be gone by then."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, write: Any) -> None:
+        write_atomically(path, write)
+        raise Killed
+
+    root, folder = tmp_path / "images", tmp_path / "run"
+    common = ["method=linear_probe", "dataset._target_=toy.growing", f"dataset.root={root}", "trainer.epochs=1"]
+    grow(root, 4)
+    run_toy(folder, *common, "dataset.num_tasks=2")
+    grow(root, 6)
+    write_atomically = run_folder.write_atomically
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_folder, "write_atomically", killed)
+        run_toy(folder, *common, "dataset.num_tasks=3")
+    assert len(run_toy(folder, *common, "dataset.num_tasks=3")["accuracy_curve"]) == num_rows(folder) == 3
+
+
 def test_further_tasks_by_explicit_sizes_and_order(tmp_path):
     root, folder = tmp_path / "images", tmp_path / "run"
     common = ["method=linear_probe", "dataset._target_=toy.growing", f"dataset.root={root}", "trainer.epochs=1"]
@@ -381,15 +441,15 @@ def test_further_tasks_by_explicit_sizes_and_order(tmp_path):
         run_toy(folder, *common, "dataset.task_sizes=[1,3]", "dataset.class_order=[3,0,1,2]")
 
 
-def test_tasks_that_were_begun_keep_their_images(tmp_path):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_tasks_that_were_begun_keep_their_images(part, tmp_path):
+    folder, limit = tmp_path / "run", f"max_{part}_per_class"
     common = ["method=linear_probe", "trainer.epochs=1"]
-    run_toy(folder, *common, "dataset.num_tasks=2", "dataset.max_test_per_class=2")
+    run_toy(folder, *common, "dataset.num_tasks=2", f"dataset.{limit}=2")
     (folder / "summary.json").unlink()
-    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("max_test_per_class: 2", "max_test_per_class: 3"))
-    fault = r"holds a run on other images: those of the tasks it has begun with must stay the same"
-    with pytest.raises(ValueError, match=fault):
-        run_toy(folder, *common, "dataset.num_tasks=2", "dataset.max_test_per_class=3")
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(f"{limit}: 2", f"{limit}: 3"))
+    with pytest.raises(ValueError, match=r"holds a run on other images: those of the tasks it has begun with must stay the same"):
+        run_toy(folder, *common, "dataset.num_tasks=2", f"dataset.{limit}=3")
 
 
 def test_a_run_does_not_go_on_with_other_weights(tmp_path):

@@ -198,16 +198,21 @@ def _images(x: Tensor) -> set[bytes]:
 
 def test_subset_depends_on_nothing_else() -> None:
     splits = toy_splits()
-    kept = {}
+    kept, tested = {}, {}
     for seed, order, fraction in ((0, None, 0.0), (3, [5, 4, 3, 2, 1, 0], 0.0), (0, None, 0.2)):
         found = sequence(
             splits, order, max_train_per_class=4, max_test_per_class=2, validation_fraction=fraction, loading=replace(LOADING, seed=seed)
         )
         assert [task.num_train for task in found] == [8] * 3 and found.test_counts == [4] * 3
         kept[seed, fraction] = _images(torch.cat([collect(task.batches("test", stream="x"))[0] for task in found]))
+        tested[seed, fraction] = _images(torch.cat([collect(task.test_batches())[0] for task in found]))
     assert kept[0, 0.0] == kept[3, 0.0] == kept[0, 0.2]
-    larger = sequence(splits, max_train_per_class=6)
+    assert tested[0, 0.0] == tested[3, 0.0]
+    first_two_of_every_class, _ = splits.test.images.fetch(torch.arange(12))
+    assert tested[0, 0.0] != _images(build_transforms("shift_flip", 8)[1](first_two_of_every_class, None, None))
+    larger = sequence(splits, max_train_per_class=6, max_test_per_class=3)
     assert kept[0, 0.0] < _images(torch.cat([collect(task.batches("test", stream="x"))[0] for task in larger]))
+    assert tested[0, 0.0] < _images(torch.cat([collect(task.test_batches())[0] for task in larger]))
     assert sequence(splits, max_train_per_class=99)[0].num_train == 20
 
 
@@ -276,6 +281,23 @@ def test_keyed_order_and_augmentation() -> None:
         again = collect(batches)
         assert torch.equal(first[0], again[0]) is is_same
         assert torch.equal(first[1].sort().values, again[1].sort().values)
+
+
+def test_every_pass_has_an_order_and_an_augmentation_of_its_own() -> None:
+    def views(batches: Batches) -> tuple[Tensor, Tensor]:
+        ids = torch.cat([batches.sample_ids(step) for step in range(len(batches))])
+        return ids, collect(batches)[0][ids.argsort()]
+
+    task = sequence()[0]
+    ids, x = views(task.batches("train", stream="fit", epoch=1))
+    for other in (
+        task.batches("train", stream="fit", epoch=2),
+        task.batches("train", stream="subspace", epoch=1),
+        sequence(loading=replace(LOADING, seed=1))[0].batches("train", stream="fit", epoch=1),
+    ):
+        other_ids, other_x = views(other)
+        assert not torch.equal(ids, other_ids), "the order"
+        assert (x != other_x).flatten(1).any(1).float().mean() > 0.5, "the augmentation of the same images"
 
 
 def test_augmentation_belongs_to_the_image_not_to_its_place() -> None:

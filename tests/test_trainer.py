@@ -15,9 +15,10 @@ import toy
 from helpers import num_rows, read_events, results, run_toy
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
-from inflora import checkpoint, run, trackers, trainer
+from inflora import checkpoint, run, run_folder, trackers, trainer
 from inflora.method import Method
 from inflora.methods.inflora import InfLoRA
 from inflora.methods.linear_probe import LinearProbe
@@ -209,6 +210,87 @@ def test_rates_follow_the_schedule(tmp_path, monkeypatch):
     assert [event["lr"] for event in read_events(tmp_path, "epoch")] == [0.4, 0.2, 0.1]
 
 
+def test_a_group_may_bring_a_rate_of_its_own(tmp_path, monkeypatch):
+    rates, original, groups = [], torch.optim.SGD.step, LinearProbe.param_groups
+
+    def step(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
+        rates.append([group["lr"] for group in self.param_groups])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    monkeypatch.setattr(LinearProbe, "param_groups", lambda self: [group | {"lr": 0.05} for group in groups(self)])
+    run_toy(
+        tmp_path, *PROBE, "trainer.epochs=2", "trainer.batch_size=100", "optimizer=sgd", "optimizer.head_lr=0.2", "scheduler=step",
+        "scheduler.milestones=[1]", "scheduler.gamma=0.5",
+    )  # fmt: skip
+    assert rates == [[0.05], [0.025]] * 2
+
+
+class Casting(toy.TwoSteps):
+    """Notes where products are computed in half precision."""
+
+    def note(self, name: str) -> None:
+        CASTS.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+
+    def begin_task(self, task: Any) -> None:
+        self.note("begin_task")
+        super().begin_task(task)
+
+    def loss(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:  # type: ignore[override]
+        for loss in super().loss(x, y):
+            self.note("loss")
+            yield loss
+
+    def end_task(self, task: Any) -> None:
+        self.note("end_task")
+        super().end_task(task)
+
+    def predict(self, x: Tensor) -> Tensor:
+        self.note("predict")
+        return super().predict(x)
+
+
+class CastingOnce(Casting):
+    """The same with one loss, which is computed when the method is called."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        self.note("loss")
+        return self.local_cross_entropy(self.features(x), y)
+
+
+CASTS: dict[str, set[bool]] = {}
+
+
+@pytest.mark.parametrize("kind", ["Casting", "CastingOnce"])
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_method_computes_in_the_precision_of_the_run(kind, precision, tmp_path):
+    CASTS.clear()
+    run_toy(tmp_path, *PROBE, f"method._target_=test_trainer.{kind}", f"trainer.precision={precision}", "trainer.epochs=1")
+    assert {name: {precision == "bf16"} for name in ("begin_task", "loss", "end_task", "predict")} == CASTS
+
+
+def test_a_batch_is_computed_in_as_many_parts_as_asked_for(tmp_path, monkeypatch):
+    sizes, original = [], LinearProbe.loss
+    monkeypatch.setattr(LinearProbe, "loss", lambda self, x, y: sizes.append(len(x)) or original(self, x, y))
+    run_toy(tmp_path, *PROBE, "trainer.grad_accumulation=3", "trainer.epochs=1")
+    assert sizes == [3, 3, 2, 3, 3, 2, 1, 1] * 2, "batches of 8, 8 and 2"
+
+
+def test_checkpointing_of_gradients_reaches_the_backbone(tmp_path, monkeypatch):
+    seen, original = set(), InfLoRA.loss
+
+    def loss(self: InfLoRA, x: Tensor, y: Tensor) -> Tensor:
+        seen.add(self.backbone.grad_checkpointing)
+        return original(self, x, y)
+
+    monkeypatch.setattr(InfLoRA, "loss", loss)
+    for is_on in (False, True):
+        run_toy(tmp_path / str(is_on), *TWO_TASKS, "trainer.epochs=1", f"trainer.grad_checkpointing={is_on}")
+        assert seen == {is_on}
+        seen.clear()
+    assert results(tmp_path / "True")["matrices"] == results(tmp_path / "False")["matrices"]
+
+
 def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
     norms = []
     original = torch.optim.SGD.step
@@ -364,6 +446,7 @@ def count_and_kill(monkeypatch: pytest.MonkeyPatch, kill_at: int | None) -> list
         watch(InfLoRA, name)
     watch(checkpoint, "write_atomically")
     watch(run, "write_atomically")
+    watch(run_folder, "write_atomically")
     watch(trackers, "write_atomically")
     watch(trackers.JsonlTracker, "log")
     return calls
@@ -375,6 +458,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_bits(epochs, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         calls = count_and_kill(patch, None)
         run_toy(tmp_path / "whole", *short)
+    assert calls[0] == "write_atomically", "the configuration, before anything is done"
     assert calls.count("loss") == 4 * epochs and calls.count("begin_task") == calls.count("end_task") == 2
     whole = results(tmp_path / "whole")
     for position, name in enumerate(calls):
@@ -565,6 +649,19 @@ def test_mixed_precision_goes_on_too(tmp_path):
     weights = checkpoint.CheckpointFolder(tmp_path / "whole" / "checkpoints").latest()
     assert weights is not None
     assert {value.dtype for value in weights["method"]["tensors"].values()} == {torch.float32}
+
+
+def test_the_scale_of_half_precision_goes_on(tmp_path, monkeypatch):
+    """As a CPU has none, the precision of Fabric is made to tell one."""
+    restored = []
+    monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": 8.0})
+    monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: restored.append(state))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, trainer.Trainer, "_step", signal.SIGTERM, at=4)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path, *PROBE)
+    run_toy(tmp_path, *PROBE)
+    assert restored == [{"scale": 8.0}]
 
 
 def test_progress_is_not_drawn_where_there_is_no_terminal(tmp_path, capsys):

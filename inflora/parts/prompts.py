@@ -78,13 +78,6 @@ def install_prefixes(vit: nn.Module, blocks: Sequence[int], make: Callable[[nn.M
         block.attn = make(block.attn)
 
 
-def remove_prefixes(vit: nn.Module) -> None:
-    """Make `vit` the stock model again."""
-    for block in _blocks(vit, range(len(vit.blocks))):  # type: ignore[arg-type]
-        if isinstance(block.attn, PrefixAttention):
-            block.attn = block.attn.attn
-
-
 @contextmanager
 def prefixes(vit: nn.Module, by_block: Mapping[int, Tensor]) -> Iterator[None]:
     """Inside, a forward pass of `vit` has these prefixes, (B, 2, L, embed_dim) for each of some installed blocks."""
