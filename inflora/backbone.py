@@ -264,7 +264,7 @@ def _import(module: str, name: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"backbone.name={module}:{name} begins with a module that cannot be imported: {error}") from error
+        raise ValueError(f"{module}, the module that makes timm know {name}, cannot be imported: {error}") from error
 
 
 def _check_name(name: str) -> None:

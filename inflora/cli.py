@@ -8,10 +8,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -22,8 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from inflora import config, plugins
+from inflora.terminal import tolerate_any_encoding
 
 EXIT_FAULT, EXIT_STOPPED = 1, 130
+
+FOUND_BY_NAME = ("recipe", "inputs", "tuning")
 
 PATH_KEYS = ("output_dir", "dataset.root", "backbone.checkpoint", "hydra.sweep.dir")
 
@@ -81,16 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
         sys.exit(0)
     show_traceback = "--traceback" in arguments
-    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    others = [quoted(argument, bool(flags)) for argument in arguments if argument not in (*flags, "--traceback")]
-    sys.argv[1:] = flags + others  # first, because argparse takes no values on both sides of a flag
+    is_multirun = "-m" in arguments or "--multirun" in arguments
+    options = [argument for argument in arguments if not _is_override(argument) and argument != "--traceback"]
+    others = [quoted(argument, is_multirun) for argument in arguments if _is_override(argument)]
+    sys.argv[1:] = options + others  # in this order, because argparse takes no values on both sides of an option
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to us, instead of Hydra's own printing
     config.register()
     plugins.register()
     job = Job(show_traceback)
     app = hydra.main(version_base="1.3", config_path=str(plugins.own_conf()), config_name="config")(job)
     try:
-        if flags:
+        if is_multirun:
             _check_sweep(others)
         elif any(argument.startswith("hydra.run.dir=") for argument in others):
             raise ValueError("the folder of a run is output_dir; set output_dir=FOLDER instead of hydra.run.dir")
@@ -110,6 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
     sys.exit(0)
+
+
+def _is_override(argument: str) -> bool:
+    """Whether an argument is a key with a value, or one that is taken away; else it is an option of Hydra's, or the value of one."""
+    return ("=" in argument and not argument.startswith("-")) or argument.startswith(("~", "+"))
 
 
 def quoted(argument: str, is_multirun: bool) -> str:
@@ -146,7 +158,10 @@ def _check_sweep(arguments: Sequence[str]) -> None:
             continue
         key = override.key_or_group
         if override.is_sweep_override() and (key in config.RESULT_FREE or key.startswith("tracker.")):
-            raise ValueError(f"a multirun cannot try several values of {key}, whose jobs would share a folder; run it once for each")
+            raise ValueError(
+                f"a multirun cannot try several values of {key}, whose jobs would share a folder; run it once for each, "
+                "with a hydra.sweep.dir=FOLDER of its own"
+            )
 
 
 class JobFailed(Exception):
@@ -180,8 +195,10 @@ class Job:
                 sys.exit(EXIT_FAULT)  # unlike a failed job, this stops the sweep
             cfg.output_dir = hydra_config.runtime.output_dir
         started = None
+        tolerate_any_encoding()
         try:
             started = started_by_launcher(cfg.trainer.num_devices)
+            _check_found_by_name(hydra_config)
             _check_scheduler(cfg, hydra_config)
             names = {group: hydra_config.runtime.choices[group] for group in ("method", "dataset", "backbone")}
             run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config)))
@@ -216,7 +233,9 @@ def _continuing(folder: str, overrides: Sequence[str], *, is_launched: bool) -> 
     """The command that goes on in a run's folder; torchrun's or srun's own part of it cannot be known."""
     others = [override for override in overrides if not override.startswith(("output_dir=", "resume="))]
     if not is_launched:
-        return shlex.join([*_program(), f"output_dir={folder}", *others])
+        # Where Hydra looks for further configuration is no override of the task.
+        where = [each for each in sys.argv[1:] if each.startswith("hydra.searchpath=") or not _is_override(each)]
+        return shlex.join([*_program(), *where, f"output_dir={folder}", *others])
     changes = [f"output_dir={folder}", *(["resume=auto"] if any(override.startswith("resume=") for override in overrides) else [])]
     return f"the same command, with {shlex.join(changes)}"
 
@@ -233,6 +252,21 @@ def _program() -> list[str]:
     return [str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own), script]
 
 
+def _check_found_by_name(hydra_config: Any) -> None:
+    """Hydra leaves out what is optional and not there, also where it was typed.
+
+    Raises:
+        ValueError: if a recipe, inputs or tuning file is named that does not exist.
+    """
+    for group in FOUND_BY_NAME:
+        typed = [override for override in hydra_config.overrides.task if override.startswith(f"{group}=")]
+        choice = hydra_config.runtime.choices.get(group)
+        if typed and choice is not None and _file_of(hydra_config, group, choice) is None:
+            known = list(plugins.choices(group))
+            near = difflib.get_close_matches(choice, known, n=3, cutoff=0.6) or known[:3]
+            raise ValueError(f"{group}={choice} is not known; did you mean {', '.join(near)}? ('~{group}' leaves it out)")
+
+
 def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
     """A recipe may bring the schedule of its pair; one that is typed is to win, and cannot.
 
@@ -241,18 +275,31 @@ def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
     Raises:
         ValueError: if both are there.
     """
-    choice, found = hydra_config.runtime.choices.scheduler, str(cfg.scheduler._target_)
+    choice, found = hydra_config.runtime.choices.scheduler, cfg.scheduler._target_
     is_typed = any(override.startswith("scheduler=") for override in hydra_config.overrides.task)
-    if is_typed and f"inflora.schedule.{choice}" != found and found.startswith("inflora.schedule."):
+    file = _file_of(hydra_config, "scheduler", choice) if is_typed else None
+    chosen = yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") if file is not None else None
+    if chosen is not None and chosen != found:
         raise ValueError(f"scheduler={choice} does not change the schedule that the recipe of this pair brings ({found}); add '~recipe'")
 
 
 def applied_files(hydra_config: Any) -> Iterator[str]:
     """The recipe, inputs and tuning files that the choices brought in, as `recipe/cifar100_10task_inflora`."""
-    for group in ("recipe", "inputs", "tuning"):
+    for group in FOUND_BY_NAME:
         choice = hydra_config.runtime.choices.get(group)
-        if choice in plugins.choices(group):
+        if choice is not None and _file_of(hydra_config, group, choice) is not None:
             yield f"{group}/{choice}"
+
+
+def _file_of(hydra_config: Any, group: str, choice: str) -> Traversable | None:
+    """The file that Hydra takes for a choice, in whatever folder or package it looks; None where there is none."""
+    for source in hydra_config.runtime.config_sources:
+        if source.schema in ("file", "pkg"):
+            root = Path(source.path) if source.schema == "file" else files(source.path)
+            file = root / group / f"{choice}.yaml"
+            if file.is_file():
+                return file
+    return None
 
 
 def hydra_files(cfg: DictConfig, hydra_config: Any) -> dict[str, str]:
@@ -290,9 +337,10 @@ def _composition_fault(error: Exception, arguments: Sequence[str]) -> str:
     text = str(error)
     if match := re.search(r"Could not (?:find|load) 'hydra/launcher/([^']+)'", text):
         return _launcher_fault(match[1])
-    if match := re.search(r"Could not find '([\w]+)/([^']+)'", text):
+    if match := re.search(r"Could not find '(.+)/([^'/]+)'", text):
         group, choice = match.groups()
-        return f"{group}={choice} is not known; choose one of {', '.join(plugins.choices(group))}"
+        known = ", ".join(plugins.choices(group))
+        return f"{group}={choice} is not known; " + (f"choose one of {known}" if known else "is its package installed?")
     if match := re.search(r"Could not override '([\w.]+)'", text):
         key = match[1]
         if key == "dataset.options":  # the only key that is free inside

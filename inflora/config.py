@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
@@ -137,6 +138,8 @@ def folder_name(overrides: str) -> str:
     "default" where nothing is left: the folder above is not one of a run.
     """
     name = re.sub(r"(^|,)\+{0,2}tracker\.[^,=]+=(\[[^\]]*\]|[^,]*)", "", overrides).lstrip(",").replace("/", "_")
+    if os.name == "nt":
+        name = re.sub(r'[\\:*?"<>|]', "_", name)
     if len(name.encode()) <= 200:
         return name or "default"
     return f"{name.encode()[:190].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -215,6 +218,21 @@ def check_arguments(group: str, settings: Mapping[str, Any]) -> None:
     faults += [f"{group}.{key}={settings[key]} does not fit; it must be {_in_words(hints[key])}" for key in wrong]
     if faults:
         raise ConfigurationError("\n".join(faults))
+
+
+def check_data_options(target: str, options: Mapping[str, Any]) -> None:
+    """Check `dataset.options` against what the data set's function takes beside `root` and `split`.
+
+    Raises:
+        ConfigurationError: one sentence for each option that is not known, does not fit, or is missing.
+    """
+    check_arguments("dataset.options", {"_target_": target, **options})
+    if twice := sorted({"root", "split"} & set(options)):
+        raise ConfigurationError(f"dataset.options.{twice[0]} is no option of its own; set dataset.{twice[0]}")
+    try:
+        inspect.signature(get_object(target)).bind("", split=None, **options)
+    except TypeError as error:
+        raise ConfigurationError(f"dataset.options do not suit {target} ({error}); set +dataset.options.KEY=VALUE") from error
 
 
 def _unknown_arguments(target: Any, settings: Mapping[str, Any]) -> list[str]:

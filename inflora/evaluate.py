@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora import config as configuration
-from inflora.run import USER_ERRORS, build, full_float32, is_cpu, load_images, make_fabric
+from inflora.run import USER_ERRORS, build, full_float32, has_device, is_cpu, load_images, make_fabric
 from inflora.run_folder import finished_run, last_run_event, load_trained
+from inflora.terminal import tolerate_any_encoding
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 
@@ -45,6 +46,9 @@ def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[n
         group, _, name = key.partition(".")
         plain[group][name] = value
     configuration.check(OmegaConf.create(plain))
+    device = plain["trainer"]["device"]
+    if not has_device(device) and "trainer.device" not in (changes or {}):
+        raise ValueError(f"{folder} was trained with trainer.device={device}, which this machine does not have; add --device cpu")
     plain["trainer"]["num_devices"] = 1
     if plain["trainer"]["precision"] == "16" and is_cpu(plain["trainer"]["device"]):
         plain["trainer"]["precision"] = "32"  # what a CPU has
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], help="other than the run's (trainer.device)")
     parser.add_argument("--batch-size", type=int, help="other than the run's (trainer.eval_batch_size)")
     given = parser.parse_args(arguments)
+    tolerate_any_encoding()
     keys = {"dataset.root": given.root, "trainer.device": given.device, "trainer.eval_batch_size": given.batch_size}
     try:
         now, recorded = evaluate_run(given.run, {key: value for key, value in keys.items() if value is not None})

@@ -38,7 +38,7 @@ def _is_there(point: EntryPoint) -> bool:
     """Whether the package can be found; of one whose folder is gone or has moved, a line says so, once."""
     try:
         files(point.value)
-    except ImportError as error:
+    except Exception as error:  # its code may raise anything, and commands that do not use it shall go on
         log.warning(
             "the plug-in %s is left out: its package %s cannot be imported (%s); reinstall or remove it", point.name, point.value, error
         )

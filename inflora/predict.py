@@ -17,6 +17,7 @@ from inflora.backbone import load_exported
 from inflora.data.cache import to_rgb
 from inflora.data.sources import is_image
 from inflora.run import has_device
+from inflora.terminal import tolerate_any_encoding
 
 BATCH_SIZE = 32
 
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cpu", help="default: cpu")
     parser.add_argument("--import", dest="module", metavar="MODULE", help="what makes timm know a backbone of one's own; its code runs")
     given = parser.parse_args(arguments)
+    tolerate_any_encoding()
     code = 0
     try:
         if given.top < 1:

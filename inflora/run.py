@@ -33,6 +33,7 @@ from inflora.parts.collective import failing_together
 from inflora.progress import ConsoleHandler
 from inflora.results import Records, read_summary, reset_peak_memory, summary
 from inflora.seeding import seed_everything
+from inflora.terminal import tolerate_any_encoding
 from inflora.trackers import JsonlTracker, Trackers
 from inflora.trainer import Interrupted, Trainer, TrainingError, stop_signals_to
 
@@ -100,6 +101,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     folder = Path(plain["output_dir"])
     finished = run_folder.look_up(folder, plain)
     if finished is not None:
+        _check_images_of_finished(folder, plain)
         started = started_by_launcher(plain["trainer"]["num_devices"])
         if started is not None and started.rank > 0:
             return finished
@@ -261,6 +263,7 @@ def _spawned(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> BaseExcep
 
     What is returned goes through a pipe that is read when the process has ended: a long summary would fill it, and both would wait.
     """
+    tolerate_any_encoding()
     outcome = _process(fabric, plain, origin)
     return outcome if isinstance(outcome, BaseException) else None
 
@@ -273,12 +276,13 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         optimizer = _instantiate("optimizer", {key: value for key, value in plain["optimizer"].items() if key != "head_lr"})
         schedule = _instantiate("scheduler", plain["scheduler"])
         parts = build(fabric, plain)
-        run_folder.check_begun(folder, parts.backbone, parts.sequence, parts.method)
+        run_folder.check_weights(folder, parts.backbone)
+        run_folder.check_tasks(folder, parts.sequence)
         if fabric.is_global_zero:
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
             # The last thing that may fail, since a finished run that is continued loses its summary here.
             run_folder.write_configuration(folder, plain, origin.hydra_files)
-    records = Records(parts.sequence.num_tasks, fabric.device)
+    records, failed = Records(parts.sequence.num_tasks, fabric.device), True
     try:
         trainer = Trainer(
             fabric,
@@ -304,8 +308,9 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
             page = report.write([folder], folder / "report")
             report.print_table(found)
             print(f"Report: {page}")
+        failed = False
     finally:
-        trackers.close()
+        trackers.close(failed=failed)
     return found
 
 
@@ -330,7 +335,7 @@ def build(fabric: Fabric, plain: dict[str, Any], splits: Splits | None = None) -
     if plain["trainer"]["compile"] and fabric.device.type == "mps":
         raise ValueError("trainer.compile=true does not work on mps; set trainer.compile=false")
     configuration.check_arguments("dataset", {"_target_": data["_target_"]})
-    configuration.check_arguments("dataset.options", {"_target_": data["_target_"], **data["options"]})
+    configuration.check_data_options(data["_target_"], data["options"])
     try:
         backbone, method = build_method(fabric, plain)
     except FileNotFoundError:
@@ -339,31 +344,50 @@ def build(fabric: Fabric, plain: dict[str, Any], splits: Splits | None = None) -
     # Whatever can fail without images comes before them: decoding may take minutes.
     mean, std = (backbone.mean, backbone.std) if data["normalize"] == "timm" else (None, None)
     transforms = build_transforms(data["transform"], backbone.image_size, mean, std)
-    splits = load_images(data) if splits is None else splits
-    sequence = TaskSequence(
-        splits,
-        class_order=parse_class_order(data["class_order"], len(splits.class_names), plain["seed"]),
-        task_sizes=split_task_sizes(len(splits.class_names), data["num_tasks"], data["task_sizes"]),
-        transforms=transforms,
-        loading=Loading(
-            device=fabric.device,
-            batch_size=plain["trainer"]["batch_size"],
-            eval_batch_size=plain["trainer"]["eval_batch_size"],
-            seed=plain["seed"],
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            num_workers=plain["trainer"]["num_workers"],
-        ),
-        stream=method.stream,
-        validation_fraction=data["validation_fraction"],
-        max_train_per_class=data["max_train_per_class"],
-        max_test_per_class=data["max_test_per_class"],
+    loading = Loading(
+        device=fabric.device,
+        batch_size=plain["trainer"]["batch_size"],
+        eval_batch_size=plain["trainer"]["eval_batch_size"],
+        seed=plain["seed"],
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        num_workers=plain["trainer"]["num_workers"],
     )
+    splits = load_images(data) if splits is None else splits
+    sequence = _sequence(plain, splits, transforms=transforms, loading=loading, stream=method.stream)
     if plain["trainer"]["grad_checkpointing"]:
         method.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if plain["trainer"]["compile"]:
         method.backbone.compile()
     return Parts(fabric, sequence, backbone, method)
+
+
+def _sequence(plain: dict[str, Any], splits: Splits, **options: Any) -> TaskSequence:
+    """The tasks that a configuration makes of a data set."""
+    data = plain["dataset"]
+    return TaskSequence(
+        splits,
+        class_order=parse_class_order(data["class_order"], len(splits.class_names), plain["seed"]),
+        task_sizes=split_task_sizes(len(splits.class_names), data["num_tasks"], data["task_sizes"]),
+        validation_fraction=data["validation_fraction"],
+        max_train_per_class=data["max_train_per_class"],
+        max_test_per_class=data["max_test_per_class"],
+        **options,
+    )
+
+
+def _check_images_of_finished(folder: Path, plain: dict[str, Any]) -> None:
+    """A finished run is looked up from anywhere; but where other images are named, and are there, they must be the ones it learned.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    root, known = Path(plain["dataset"]["root"]).expanduser(), configuration.read(folder)
+    if known is None or known["dataset"]["root"] == plain["dataset"]["root"] or not root.exists():
+        return
+    loading = Loading(torch.device("cpu"), batch_size=1, eval_batch_size=1, seed=plain["seed"])
+    transforms = build_transforms(plain["dataset"]["transform"], 32, None, None)  # which nothing goes through
+    run_folder.check_tasks(folder, _sequence(plain, load_images(plain["dataset"]), transforms=transforms, loading=loading))
 
 
 def load_images(data: dict[str, Any]) -> Splits:

@@ -91,8 +91,22 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check_begun(folder: Path, backbone: Backbone, sequence: TaskSequence, method: Method) -> None:
-    """The folder's run must have begun with the same weights, and its tasks must be the first ones of this run.
+def check_weights(folder: Path, backbone: Backbone) -> None:
+    """The folder's run must have begun with the same weights.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    old = last_run_event(folder)
+    if old is not None and old["weights"]["source"] != "random" and old["weights"]["sha256"] != backbone.weights["sha256"]:
+        raise ValueError(
+            f"output_dir={folder} holds a run that began with other weights of {backbone.tag}, whose file has changed since; "
+            "choose another output_dir"
+        )
+
+
+def check_tasks(folder: Path, sequence: TaskSequence) -> None:
+    """The tasks that the folder's run has begun with must be the first ones of this run, with the same images.
 
     Raises:
         ValueError: if they are not.
@@ -100,11 +114,6 @@ def check_begun(folder: Path, backbone: Backbone, sequence: TaskSequence, method
     old = last_run_event(folder)
     if old is None:
         return
-    if old["weights"]["source"] != "random" and old["weights"]["sha256"] != backbone.weights["sha256"]:
-        raise ValueError(
-            f"output_dir={folder} holds a run that began with other weights of {backbone.tag}, whose file has changed since; "
-            "choose another output_dir"
-        )
     new = [task.class_names for task in sequence.tasks]
     if new[: len(old["tasks"])] != old["tasks"]:
         raise ValueError(
@@ -116,7 +125,7 @@ def check_begun(folder: Path, backbone: Backbone, sequence: TaskSequence, method
             f"output_dir={folder} holds a run on other images: those of the tasks it has begun with must stay the same training and test "
             "images in dataset.root; choose another output_dir"
         )
-    if method.stream == "joint" and new != old["tasks"]:
+    if sequence.stream == "joint" and new != old["tasks"]:
         raise ValueError(
             f"output_dir={folder} holds a run that learned all its classes at once, so it cannot go on with more; choose another output_dir"
         )
@@ -140,9 +149,10 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: if there is none, or one of the two is damaged.
     """
     found, plain = read_summary(folder), read(folder)
-    if found is None or plain is None:
-        missing = "summary.json" if found is None else "config.yaml"
-        raise ValueError(f"{folder} holds no finished run (no {missing}); give its command again, with output_dir={folder}")
+    if plain is None:
+        raise ValueError(f"{folder} holds no finished run (no config.yaml); give the folder of one run")
+    if found is None:
+        raise ValueError(f"{folder} holds no finished run (no summary.json); give its command again, with output_dir={folder}")
     return found, plain
 
 

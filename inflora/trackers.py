@@ -38,8 +38,12 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Drop the events from `step` on, as far as that is possible: they will be logged again."""
 
-    def close(self) -> None:
-        """Finish writing. Nothing is logged afterwards."""
+    def close(self, *, failed: bool = False) -> None:
+        """Finish writing; nothing is logged afterwards.
+
+        Args:
+            failed: whether the run has ended before its end.
+        """
 
 
 class Trackers:
@@ -70,9 +74,9 @@ class Trackers:
             tracker.rewind(position)
         self._step = position
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(failed=failed)
 
 
 class JsonlTracker(Tracker):
@@ -165,8 +169,8 @@ class WandbTracker(Tracker):
         else:
             self._run.log(dict(numbers(values, event)), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
 
     def _id(self) -> str:
         file = self.folder / "wandb_id"
@@ -206,7 +210,7 @@ class TensorBoardTracker(Tracker):
         self._writer.close()
         self._writer = self._open(str(self.folder / "tensorboard"), purge_step=step)  # hides the old files' events from `step` on
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self._writer.close()
 
 

@@ -65,7 +65,7 @@ def test_the_image_size_may_change():
         ("vit_base_patch16_224.augreg_in22k", "augreg_in22k is not a known tag of vit_base_patch16_224; choose one of vit_base"),
         ("vit_toyy.test", r"backbone.name=vit_toyy.test is not a timm model; did you mean one of "),
         ("test_vit4.r160_in1k", "backbone.name=test_vit4.r160_in1k: timm has no weights of test_vit4; choose one of "),
-        ("nowhere.vits:my_vit.one", "=nowhere.vits:my_vit.one begins with a module that cannot be imported: No module named 'nowhere'"),
+        ("nowhere.vits:my_vit.one", "nowhere.vits, the module that makes timm know my_vit.one, cannot be imported: No module named"),
         ("test_resnet.r160_in1k", "test_resnet.r160_in1k is not a vision transformer with a class token, which every method here needs"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ Everything is tried in this process and, in the slow tier, again through `python
 """
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from PIL import Image
 from inflora import plugins
 from inflora.cli import _continuing, _program, quoted
 from inflora.run_folder import hold
+from inflora.terminal import tolerate_any_encoding
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -54,8 +56,9 @@ def test_help_lists_every_choice_with_a_description(cli: Cli):
     assert cli("-h") == said
 
 
-def test_the_composed_configuration_is_shown(cli: Cli):
-    said = cli("--cfg", "job", "method=sequential", "seed=7")
+@pytest.mark.parametrize("arguments", ["--cfg job method=sequential seed=7", "method=sequential --cfg job seed=7"])
+def test_the_composed_configuration_is_shown(cli: Cli, arguments: str):
+    said = cli(*arguments.split())
     assert said.code == 0
     shown = yaml.safe_load(said.out)
     assert shown["seed"] == 7 and shown["method"]["_target_"] == "inflora.methods.sequential.Sequential"
@@ -90,6 +93,33 @@ def test_a_run_and_its_rerun(cli: Cli, tmp_path: Path):
     assert "dataset.num_tasks" not in fault(other := cli(*QUICK, f"output_dir={folder}", "seed=4"))
     assert "differs in seed (3 there, 4 here); choose another output_dir" in other.err
     assert files_of(folder) == before
+
+
+def test_configuration_of_ones_own_is_used_and_recorded(cli: Cli, tmp_path: Path):
+    """From a folder named with `--config-dir`: a recipe, found by name, and a schedule under a name of its own."""
+    mine = tmp_path / "mine"
+    for name, text in {
+        "method/mine.yaml": "defaults: [linear_probe]\n",
+        "recipe/digits_5task_mine.yaml": "# @package _global_\noptimizer:\n  head_lr: 0.25\n",
+        "scheduler/half.yaml": "_target_: inflora.schedule.step\n_partial_: true\nmilestones: [1]\ngamma: 0.5\n",
+    }.items():
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text(text)
+    others = [argument for argument in QUICK if not argument.startswith("method=")]
+    said = cli("--config-dir", str(mine), "method=mine", *others, "scheduler=half", f"output_dir={tmp_path / 'run'}")
+    assert said.code == 0, said.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert summary["applied_files"][0] == "recipe/digits_5task_mine" and config["optimizer"]["head_lr"] == 0.25
+    assert config["scheduler"]["milestones"] == [1]
+
+
+def test_a_terminal_of_few_characters_does_not_stop_a_finished_run(monkeypatch: pytest.MonkeyPatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    tolerate_any_encoding()
+    print("\u22121.50", file=narrow, flush=True)
+    assert narrow.buffer.getvalue().strip() == rb"\u22121.50"  # type: ignore[attr-defined]
 
 
 def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -135,6 +165,13 @@ def test_the_default_folder_names_the_run_and_the_time(cli: Cli, tmp_path: Path,
             ["-m", "dataset=imagefolder", "dataset.root=flowers,birds"],
             "a multirun cannot try several values of dataset.root, whose jobs would share a folder; run it once for each",
         ),
+        (
+            ["dataset=cifar100_10task", "recipe=cifar100_10task_inflra"],
+            "recipe=cifar100_10task_inflra is not known; did you mean cifar100_10task_inflora, ",
+        ),
+        (["tuning=vit_micro_inflra"], "tuning=vit_micro_inflra is not known; did you mean vit_micro_inflora, "),
+        (["-m", "hydra/sweeper=optima", "seed=0,1"], "hydra/sweeper=optima is not known; is its package installed?"),
+        (["+dataset.options.split=coda"], "dataset.options.split is no option of its own; set dataset.split"),
         (["-m", "tracker=wandb", "tracker.project=a,b"], "a multirun cannot try several values of tracker.project"),
         (["-m", "seed=0,1", "output_dir=x"], "a multirun makes one folder for each job; set hydra.sweep.dir=FOLDER instead of output_dir"),
     ],
@@ -443,6 +480,9 @@ def test_the_command_names_the_interpreter_that_has_the_packages(tmp_path: Path,
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/inflora-train"])
     assert _program() == ["inflora-train"]
     assert _continuing("a b", ["resume=never", "seed=1"], is_launched=False) == "inflora-train 'output_dir=a b' seed=1"
+    monkeypatch.setattr(sys, "argv", ["inflora-train", "--config-dir", "mine", "hydra.searchpath=[file://more]", "seed=1"])
+    command = "inflora-train --config-dir mine 'hydra.searchpath=[file://more]' output_dir=x seed=1"
+    assert _continuing("x", ["seed=1"], is_launched=False) == command
     assert _continuing("a b", ["resume=never", "seed=1"], is_launched=True) == "the same command, with 'output_dir=a b' resume=auto"
 
 

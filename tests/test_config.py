@@ -274,6 +274,13 @@ def test_a_folder_name_tells_what_changes_results(overrides, name):
     assert config.folder_name(overrides) == name
 
 
+def test_a_folder_name_is_one_on_windows(monkeypatch):
+    monkeypatch.setattr("inflora.config.os.name", "nt")
+    assert config.folder_name(r"dataset.class_order=numpy:1993,backbone.checkpoint=C:\w\x.pth") == (
+        "dataset.class_order=numpy_1993,backbone.checkpoint=C__w_x.pth"
+    )
+
+
 def test_folders_of_a_sweep_are_named_by_what_changes_results():
     (found,) = re.findall(r"exclude_keys:\n((?: +- .+\n)+)", (CONF / "config.yaml").read_text(encoding="utf-8"))
     assert set(yaml.safe_load(found)) == RESULT_FREE

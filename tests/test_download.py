@@ -3,10 +3,12 @@
 import hashlib
 import http.server
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 
@@ -121,3 +123,17 @@ def test_a_server_that_refuses_is_not(tmp_path: Path) -> None:
         port = unused.getsockname()[1]
     with pytest.raises(ConnectionError, match="refused"):
         module.check_reachable(f"http://127.0.0.1:{port}/file")
+
+
+def test_a_certificate_that_only_another_client_may_know_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise URLError(ssl.SSLCertVerificationError("certificate verify failed"))
+
+    monkeypatch.setattr(module.urllib.request, "urlopen", refuse)
+    module.check_reachable("https://example.invalid/file")
+
+
+def test_where_a_proxy_stands_that_urllib_does_not_use_it_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://example.invalid:1080")
+    monkeypatch.setattr(module, "_arriving", None)  # would fail
+    module.check_reachable("https://example.invalid/file")

@@ -279,6 +279,10 @@ def test_images_may_lie_elsewhere_and_be_tested_on_another_device(tmp_path: Path
     assert "has other classes than" in error_of(capsys)
     assert evaluate.main([str(tmp_path / "run"), "--root", str(tmp_path / "there"), "--device", "mps"]) == 1
     assert error_of(capsys).startswith("trainer.device=mps, but torch finds no such device")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("device: cpu", "device: mps"))
+    assert evaluate.main([str(tmp_path / "run"), "--root", str(tmp_path / "there")]) == 1
+    assert error_of(capsys).endswith("was trained with trainer.device=mps, which this machine does not have; add --device cpu")
 
 
 class Strange(LinearProbe):

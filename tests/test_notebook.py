@@ -10,6 +10,8 @@ import pytest
 from nbclient import NotebookClient
 from test_report import write_run
 
+from inflora.report.tables import MEANINGS
+
 pytestmark = pytest.mark.timeout(600)  # two trainings: seconds each, minutes on a busy machine
 
 NOTEBOOK = Path(__file__).parent.parent / "experiments" / "notebooks" / "accuracy_and_forgetting.ipynb"
@@ -65,6 +67,7 @@ def test_committed_as_it_ran_from_top_to_bottom():
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert len(list(outputs(notebook, "image/png"))) == 4
     assert not [output for cell in code for output in cell.outputs if output["output_type"] == "error"]
+    assert all(f"{name}: {meaning}\n" in printed(notebook) for name, meaning in MEANINGS.items()), "run it again"
 
 
 def test_committed_without_traces_of_the_machine_it_ran_on():

@@ -130,8 +130,14 @@ def test_the_command_line_knows_a_plugin(package, tmp_path, no_report, cli: Cli,
     assert "method=my_method " in cli("--help").out
 
 
-def test_a_plugin_whose_code_is_gone_is_left_out(package, monkeypatch, caplog):
+@pytest.mark.parametrize("code", [None, "a mistake", "undefined"])
+def test_a_plugin_whose_code_is_gone_or_broken_is_left_out(code, package, monkeypatch, caplog):
     monkeypatch.syspath_prepend(package)
+    plugins._is_there.cache_clear()
+    if code is not None:
+        (package / "inflora_lost" / "conf").mkdir(parents=True)
+        for folder in (package / "inflora_lost", package / "inflora_lost" / "conf"):
+            (folder / "__init__.py").write_text(code + "\n")
     (package / "inflora_lost-1.0.dist-info").mkdir()
     (package / "inflora_lost-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: inflora-lost\nVersion: 1.0\n")
     (package / "inflora_lost-1.0.dist-info" / "entry_points.txt").write_text("[inflora.conf]\nlost = inflora_lost.conf\n")

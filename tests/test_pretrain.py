@@ -192,6 +192,15 @@ def test_the_loss_is_shared_between_labels_and_teacher(packed: Path, tmp_path: P
         assert lines(out)[-2]["train_loss"] == pytest.approx((1 - share) * alone, abs=1e-6)
 
 
+def test_a_finished_run_that_is_asked_for_again_has_one_last_line(packed: Path, tmp_path: Path) -> None:
+    train(packed, tmp_path)
+    once = lines(tmp_path)
+    assert [line["final"] for line in once] == [False] * (len(once) - 1) + [True]
+    assert once[-1]["train_loss"] is None, "no step since the line of the last epoch"
+    train(packed, tmp_path)
+    assert lines(tmp_path) == once
+
+
 def test_a_teacher_predicts_with_the_averaged_weights_and_running_statistics(packed: Path, teacher: Path) -> None:
     model = pretrain.load_teacher(teacher, len(CLASSES), torch.device("cpu"))
     average = checkpoint(teacher)["average"]

@@ -268,6 +268,18 @@ def configuration(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("wandb_alone")
+@pytest.mark.parametrize("failed", [False, True])
+def test_wandb_is_told_how_a_run_has_ended(failed: bool, tmp_path: Path):
+    tracker = build("wandb", tmp_path, mode="offline", project="p", entity=None, group=None, tags=[])
+    tracker.close(failed=failed)
+    import wandb
+
+    wandb.teardown()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert [record.exit.exit_code for record in read_wandb(file) if record.HasField("exit")] == [int(failed)]
+
+
+@pytest.mark.usefixtures("wandb_alone")
 def test_wandb_offline_holds_what_was_logged_and_a_resume_is_the_same_run(tmp_path: Path):
     changes = {"mode": "offline", "project": "continual", "entity": "group", "group": "seeds", "tags": ["a", "b"]}
     trackers = Trackers([JsonlTracker(folder=tmp_path), build("wandb", tmp_path, **changes)])

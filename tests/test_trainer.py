@@ -226,6 +226,15 @@ def test_a_group_may_bring_a_rate_of_its_own(tmp_path, monkeypatch):
     assert rates == [[0.05], [0.025]] * 2
 
 
+def test_trackers_are_told_how_a_run_has_ended(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr(trackers.Tracker, "close", lambda self, *, failed: ends.append((type(self).__name__, failed)))
+    run_toy(tmp_path / "good", *PROBE, "trainer.epochs=1")
+    with pytest.raises(trainer.TrainingError):
+        run_toy(tmp_path / "bad", *PROBE, "trainer.epochs=1", "method._target_=toy.Diverging", "+method.task=0", "+method.step=0")
+    assert ends == [("JsonlTracker", False), ("Tracker", False), ("JsonlTracker", True), ("Tracker", True)]
+
+
 class Casting(toy.TwoSteps):
     """Notes where products are computed in half precision."""
 

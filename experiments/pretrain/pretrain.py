@@ -382,13 +382,14 @@ class Run:
 
 
 def rewind(file: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that a stopped run wrote after its last checkpoint: they will be written again."""
+    """Drop the lines of metrics.jsonl that will be written again: a stopped run's after its last checkpoint, and a finished run's last."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    rows = [json.loads(line) for line in lines]
+    file.write_text("".join(line for line, row in zip(lines, rows, strict=True) if row["step"] <= step and not row["final"]))
 
 
 def validate(run: Run, images: Images, losses: list[Tensor], final: bool) -> None:
-    """Append one line to metrics.jsonl; `losses` are those since the last line."""
+    """Append one line to metrics.jsonl; `losses` are those since the last line, whose mean is null where there are none."""
     values = run.read(losses)
     row = {
         "step": run.step,
@@ -396,7 +397,7 @@ def validate(run: Run, images: Images, losses: list[Tensor], final: bool) -> Non
         "elapsed_s": round(run.elapsed_s, 1),
         "lr": run.optimizer.param_groups[0]["lr"],
         "patch_drop": run.model.patch_drop.prob if run.args.model == "vit_micro" else None,
-        "train_loss": sum(values) / max(1, len(values)),
+        "train_loss": sum(values) / len(values) if values else None,
         "val_images": len(images.labels),
         "val_accuracy_percent": accuracy_percent(run.model, images, run.args.bf16),
         "val_accuracy_average_percent": accuracy_percent(run.average, images, run.args.bf16),

@@ -5,6 +5,7 @@ import itertools
 import os
 import platform
 import queue
+import ssl
 import sys
 import threading
 import urllib.request
@@ -58,10 +59,13 @@ def check_reachable(url: str) -> None:
     Raises:
         ConnectionError: with the reason, if it does not answer within `ANSWER_S`.
     """
+    if "all" in urllib.request.getproxies():  # by ALL_PROXY; other clients may get through where urllib does not
+        return
     try:
         next(_arriving(urllib.request.Request(url, method="HEAD"), ANSWER_S))
     except ConnectionError as error:
-        if not isinstance(error.__cause__, HTTPError):  # which is an answer too
+        # Answers too: a status, and a certificate that urllib does not know but another client may.
+        if not isinstance(error.__cause__, HTTPError) and not isinstance(getattr(error.__cause__, "reason", None), ssl.SSLError):
             raise
 
 

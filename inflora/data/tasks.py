@@ -389,6 +389,7 @@ class TaskSequence:
         class_order: the data set's class ids in learning order.
         class_to_task: (num_classes,) long, internal label -> task.
         tasks: the tasks.
+        stream: "tasks" or "joint".
         split_id: how training and test images were told apart.
         test_counts: test images per task.
         test_hash, train_hash: identify the test and the training images of all tasks by their names (`hash_paths`), in any order.
@@ -446,7 +447,7 @@ class TaskSequence:
         bounds = list(itertools.accumulate(task_sizes, initial=0))
         self.tasks = [make_task(t, self.num_tasks, *bounds[t : t + 2]) for t in range(self.num_tasks)]
         self._stages = self.tasks if stream == "tasks" else [make_task(0, 1, 0, self.num_classes)]
-        self._stream = stream
+        self.stream = stream
         self.test_counts = [task.num_test for task in self.tasks]
         self.split_id = splits.split_id + (f" validation:{validation_fraction}" if validation_fraction > 0 else "")
         self.test_hash = hash_paths([test_set.paths[row] for row in torch.cat(test_rows).tolist()])
@@ -471,7 +472,7 @@ class TaskSequence:
 
     def seen(self, task: Task) -> list[Task]:
         """The tasks to test after the training stage `task`."""
-        return self.tasks if self._stream == "joint" else self.tasks[: task.index + 1]
+        return self.tasks if self.stream == "joint" else self.tasks[: task.index + 1]
 
 
 def _shuffle_class(rows: Tensor, kind: str, class_name: str) -> Tensor:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from inflora.report import load, write_loaded
 from inflora.report.tables import print_section
+from inflora.terminal import tolerate_any_encoding
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--reference", metavar="METHOD", help="the method compared with each other one, seed by seed (default: inflora, else the best)"
     )
     options = parser.parse_args(arguments)
+    tolerate_any_encoding()
     try:
         loaded = load(options.folders)
         for sentence in loaded.left_out:
