@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -329,6 +330,32 @@ def test_a_repeated_seed_counts_once_and_is_named(tmp_path: Path):
     assert loaded.left_out == [f"{tmp_path / '2025-01-01'} is repeated by {tmp_path / '2025-01-02'}: left out."]
 
 
+def test_of_a_repeated_run_the_one_that_ended_last_counts_whatever_it_is_called(tmp_path: Path):
+    for name, ended in (("new", 2000), ("old", 1000)):
+        os.utime(write_run(tmp_path / name) / "summary.json", (ended, ended))
+    assert [run.path.name for run in report.load([tmp_path]).sections[0].runs] == ["new"]
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_run(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    loaded = report.load([tmp_path, Path("a"), Path(".")])
+    assert [len(group.runs) for group in loaded.sections[0].groups] == [1] and loaded.left_out == []
+
+
+def test_images_in_different_folders_are_told(tmp_path: Path):
+    for seed, target in ((0, "imagefolder"), (1, "imagefolder")):
+        write_run(tmp_path / str(seed), seed=seed, dataset={"_target_": f"inflora.data.datasets.{target}"})  # its root is data{seed}
+    text = (report.write([tmp_path], tmp_path / "out").parent / "report.md").read_text()
+    assert "Their images lay in different folders (data0, data1) and are taken for the same by the names of the files." in text
+
+
+def test_records_of_a_part_that_lack_something_are_left_out(tmp_path: Path):
+    write_run(tmp_path / "good")
+    write_run(tmp_path / "other", changes={"history": [{"num_tasks": 5, "device": "cpu", "git_commit": None, "git_dirty": None}]})
+    assert report.load([tmp_path]).left_out == [f"{tmp_path / 'other'} has no versions in its summary.json: left out."]
+
+
 def test_unreadable_runs_are_left_out_with_the_reason(tmp_path: Path):
     write_run(tmp_path / "good")
     broken = write_run(tmp_path / "broken")
@@ -523,8 +550,15 @@ def test_html_escapes_what_users_type(tmp_path: Path):
 
 
 def test_latex_cells_are_text():
+    assert tables._latex_cell("<|>") == r"\textless{}\textbar{}\textgreater{}"
     assert tables._latex_cell("a_b^2~{5 % & #1 $ \\ 1 ± 2, −3 –") == (
         r"a\_b\textasciicircum{}2\textasciitilde{}\{5 \% \& \#1 \$ \textbackslash{} 1 $\pm$ 2, $-$3 --"
+    )
+
+
+def test_markdown_cells_are_text():
+    assert tables.markdown_text("sd_lora alignment._target_ _x_ a|b *c* <b> `d`") == (
+        r"sd_lora alignment.\_target\_ \_x\_ a\|b \*c\* \<b> \`d\`"
     )
 
 
@@ -648,8 +682,18 @@ def drawn_texts(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_text() and text.get_visible() and text not in hidden]
 
 
-def test_no_text_of_a_figure_covers_another(sweep: Path):
-    (section,) = report.load([sweep]).sections
+@pytest.fixture(scope="module")
+def long_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven groups whose labels are as long as labels may be."""
+    root = tmp_path_factory.mktemp("long names")
+    for rank in range(7):
+        write_run(root / str(rank), method="sequential_full", settings={"learning_rate": 0.006 + rank, "rank_of_a_branch": 100 + rank})
+    return root
+
+
+@pytest.mark.parametrize("runs", ["sweep", "long_names"])
+def test_no_text_of_a_figure_covers_another(runs: str, request: pytest.FixtureRequest):
+    (section,) = report.load([request.getfixturevalue(runs)]).sections
     for name, figure in figures.figures_of(section):
         figure.draw_without_rendering()
         boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(figure)]
@@ -669,6 +713,14 @@ def test_command_line(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "linear_probe" in out
     assert f"report: {tmp_path / 'out' / 'report.html'}" in out.replace("\n", "")
     assert err == f"{sweep / 'method=inflora,seed=3'} is unfinished (no summary.json): left out.\n"
+
+
+def test_an_unknown_reference_is_an_error(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main([str(sweep), "--out", str(tmp_path / "out"), "--reference", "sequental"]) == 1
+    said = capsys.readouterr().err
+    assert "--reference sequental: no run of this method was found; choose one of inflora, joint, linear_probe, sequential" in said
+    assert main([str(sweep), "--out", str(tmp_path / "out"), "--reference", "sequential"]) == 0
+    assert "last, sequential higher" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_labels_with_brackets_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -167,7 +167,7 @@ def to_markdown(table: Table) -> str:
 
 def markdown_text(text: str) -> str:
     """`text` without a meaning for markdown; an underscore inside a word has none."""
-    return re.sub(r"[|*<`]|\b_(?!\w)|(?<!\w)_", r"\\\g<0>", text)
+    return re.sub(r"[|*<`]|_(?!\w)|(?<!\w)_", r"\\\g<0>", text)
 
 
 def to_latex(section: Section) -> str:
