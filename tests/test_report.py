@@ -687,7 +687,7 @@ def long_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven groups whose labels are as long as labels may be."""
     root = tmp_path_factory.mktemp("long names")
     for rank in range(7):
-        write_run(root / str(rank), method="sequential_full", settings={"learning_rate": 0.006 + rank, "rank_of_a_branch": 100 + rank})
+        write_run(root / str(rank), method="sequential_full", settings={"rank": 100 + rank, "scale": 0.006 + rank})
     return root
 
 
