@@ -333,13 +333,21 @@ def test_a_finished_run_is_looked_up_from_any_machine(finished):
     assert files_of(finished) == before
 
 
+def test_no_data_set_is_downloaded_to_look_a_run_up(tmp_path, monkeypatch):
+    run_toy(tmp_path / "run", "method=linear_probe", "trainer.epochs=1", "dataset.root=here")
+    monkeypatch.setattr("inflora.run.SAME_EVERYWHERE", ("toy.tiny",))
+    monkeypatch.setattr(toy, "tiny", None)  # would fail
+    run_toy(tmp_path / "run", "method=linear_probe", "trainer.epochs=1", f"dataset.root={tmp_path}")
+
+
 def test_a_finished_run_is_no_answer_for_other_images(tmp_path):
     for name, num_classes in (("here", 4), ("copy", 4), ("other", 6)):
         grow(tmp_path / name, num_classes)
     folder, common = tmp_path / "run", ["method=linear_probe", "dataset._target_=toy.growing", "trainer.epochs=1", "dataset.num_tasks=2"]
     run_toy(folder, *common, f"dataset.root={tmp_path / 'here'}")
     before = files_of(folder)
-    for root in ("copy", "nowhere"):
+    (tmp_path / "empty").mkdir()
+    for root in ("copy", "nowhere", "empty"):
         run_toy(folder, *common, f"dataset.root={tmp_path / root}")
     with pytest.raises(ValueError, match="holds a run over other tasks"):
         run_toy(folder, *common, f"dataset.root={tmp_path / 'other'}")
