@@ -66,9 +66,10 @@ def write_error(path: Path, error: Exception) -> WriteError:
 
 
 def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder; it has no need to
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # Windows cannot open a folder; it has no need to
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes only what may be written
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(descriptor)
     finally:

@@ -259,12 +259,16 @@ def _check_found_by_name(hydra_config: Any) -> None:
         ValueError: if a recipe, inputs or tuning file is named that does not exist.
     """
     for group in FOUND_BY_NAME:
-        typed = [override for override in hydra_config.overrides.task if override.startswith(f"{group}=")]
         choice = hydra_config.runtime.choices.get(group)
-        if typed and choice is not None and _file_of(hydra_config, group, choice) is None:
+        if _is_typed(hydra_config, group) and choice is not None and _file_of(hydra_config, group, choice) is None:
             known = list(plugins.choices(group))
             near = difflib.get_close_matches(choice, known, n=3, cutoff=0.6) or known[:3]
             raise ValueError(f"{group}={choice} is not known; did you mean {', '.join(near)}? ('~{group}' leaves it out)")
+
+
+def _is_typed(hydra_config: Any, group: str) -> bool:
+    """Whether the command line chooses from the group."""
+    return any(override.startswith(f"{group}=") for override in hydra_config.overrides.task)
 
 
 def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
@@ -276,8 +280,7 @@ def _check_scheduler(cfg: DictConfig, hydra_config: Any) -> None:
         ValueError: if both are there.
     """
     choice, found = hydra_config.runtime.choices.scheduler, cfg.scheduler._target_
-    is_typed = any(override.startswith("scheduler=") for override in hydra_config.overrides.task)
-    file = _file_of(hydra_config, "scheduler", choice) if is_typed else None
+    file = _file_of(hydra_config, "scheduler", choice) if _is_typed(hydra_config, "scheduler") else None
     chosen = yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") if file is not None else None
     if chosen is not None and chosen != found:
         raise ValueError(f"scheduler={choice} does not change the schedule that the recipe of this pair brings ({found}); add '~recipe'")
@@ -371,12 +374,4 @@ def _known_keys(arguments: Sequence[str], wrong: str) -> list[str]:
             cfg = compose("config", overrides=[override for override in overrides if "," not in override])
     except (HydraException, OmegaConfBaseException):
         return list(GROUPS)
-    return list(_leaves(OmegaConf.to_container(cfg), "")) + list(GROUPS)
-
-
-def _leaves(value: Any, prefix: str) -> Iterator[str]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix
+    return [*config.leaves(OmegaConf.to_container(cfg)), *GROUPS]  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -160,6 +160,25 @@ def read(folder: Path) -> dict[str, Any] | None:
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{file} cannot be read as the configuration of a run; restore it from a copy, or use another folder")
+    return found
+
+
+def leaves(config: Mapping[str, Any], without: Collection[str] = ()) -> dict[str, Any]:
+    """Dotted key -> value, for every value of a nested configuration that is not itself a group; an empty group is a value.
+
+    Args:
+        config: the configuration.
+        without: dotted keys to leave out; a key stands for everything below it too.
+    """
+    found = {}
+    for name, value in config.items():
+        if name in without:
+            continue
+        if isinstance(value, Mapping) and value:
+            below = [key.removeprefix(f"{name}.") for key in without if key.startswith(f"{name}.")]
+            found |= {f"{name}.{key}": inner for key, inner in leaves(value, below).items()}
+        else:
+            found[name] = value
     return found
 
 

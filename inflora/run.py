@@ -103,9 +103,11 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     origin = origin or Origin.of(plain)
     folder = Path(plain["output_dir"])
-    finished = run_folder.look_up(folder, plain)
-    if finished is not None:
-        _check_images_of_finished(folder, plain)
+    found = run_folder.look_up(folder, plain)
+    if found is not None:
+        finished, known = found
+        if known["dataset"]["root"] != plain["dataset"]["root"]:
+            _check_images_of_finished(folder, plain)
         started = started_by_launcher(plain["trainer"]["num_devices"])
         if started is not None and started.rank > 0:
             return finished
@@ -280,8 +282,7 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         optimizer = _instantiate("optimizer", {key: value for key, value in plain["optimizer"].items() if key != "head_lr"})
         schedule = _instantiate("scheduler", plain["scheduler"])
         parts = build(fabric, plain)
-        run_folder.check_weights(folder, parts.backbone)
-        run_folder.check_tasks(folder, parts.sequence)
+        run_folder.check_begun(folder, parts.sequence, parts.backbone)
         if fabric.is_global_zero:
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
             # The last thing that may fail, since a finished run that is continued loses its summary here.
@@ -381,15 +382,13 @@ def _sequence(plain: dict[str, Any], splits: Splits, **options: Any) -> TaskSequ
 
 
 def _check_images_of_finished(folder: Path, plain: dict[str, Any]) -> None:
-    """A finished run is looked up from anywhere; but where other images are named, and are there, they must be the ones it learned.
+    """A finished run is looked up from anywhere; but where images are in another root, they must be the ones it learned.
 
     Raises:
         ValueError: if they are not.
     """
-    data, known = plain["dataset"], configuration.read(folder)
-    if known is None or known["dataset"]["root"] == data["root"] or data["_target_"] in SAME_EVERYWHERE:
-        return
-    if not Path(data["root"]).expanduser().exists():
+    data = plain["dataset"]
+    if data["_target_"] in SAME_EVERYWHERE or not Path(data["root"]).expanduser().exists():
         return
     try:
         splits = load_images(data)
@@ -397,7 +396,7 @@ def _check_images_of_finished(folder: Path, plain: dict[str, Any]) -> None:
         return
     loading = Loading(torch.device("cpu"), batch_size=1, eval_batch_size=1, seed=plain["seed"])
     transforms = build_transforms(data["transform"], 32, None, None)  # which nothing goes through
-    run_folder.check_tasks(folder, _sequence(plain, splits, transforms=transforms, loading=loading))
+    run_folder.check_begun(folder, _sequence(plain, splits, transforms=transforms, loading=loading))
 
 
 def load_images(data: dict[str, Any]) -> Splits:

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from inflora import config as configuration
 from inflora.backbone import Backbone
 from inflora.checkpoint import CheckpointError, CheckpointFolder, write_atomically
-from inflora.config import RESULT_FREE, read
 from inflora.data.tasks import TaskSequence
 from inflora.method import Method
 from inflora.results import read_summary
@@ -42,23 +42,24 @@ def hold(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def look_up(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of the folder's run if that is this one and finished. Touches nothing.
+def look_up(folder: Path, plain: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The summary and the configuration of the folder's run if that is this one and finished. Touches nothing.
 
     Raises:
         ValueError: if the folder holds another run.
     """
-    old = read(folder)
+    old = configuration.read(folder)
     if old is None:
         return None
     if plain["resume"] == "never":
         raise ValueError(f"output_dir={folder} holds a run already and resume=never; choose another output_dir")
-    different = config_differences(old, plain, RESULT_FREE)
+    different = config_differences(old, plain, configuration.RESULT_FREE)
     hard = [key for key in different if key not in LENGTH]
     if hard:
         values = ", ".join(f"{key} ({_value(old, key)} there, {_value(plain, key)} here)" for key in hard)
         raise ValueError(f"output_dir={folder} holds a run of another configuration, which differs in {values}; choose another output_dir")
-    return None if different else read_summary(folder)
+    found = None if different else read_summary(folder)
+    return None if found is None else (found, old)
 
 
 def _value(config: dict[str, Any], key: str) -> Any:
@@ -76,37 +77,15 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: s
         new: the other.
         ignore: dotted keys that may differ; a key stands for everything below it too.
     """
-    before, after = _leaves(old), _leaves(new)
-    keys = {key for key in before.keys() | after.keys() if key not in before or key not in after or before[key] != after[key]}
-    return sorted(key for key in keys if not any(key == other or key.startswith(other + ".") for other in ignore))
+    before, after = configuration.leaves(old, ignore), configuration.leaves(new, ignore)
+    return sorted(key for key in before.keys() | after.keys() if key not in before or key not in after or before[key] != after[key])
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            leaves |= _leaves(value, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
+def check_begun(folder: Path, sequence: TaskSequence, backbone: Backbone | None = None) -> None:
+    """The tasks that the folder's run has begun with must be the first ones of this run, with the same images, and its weights the same.
 
-
-def check_weights(folder: Path, backbone: Backbone) -> None:
-    """The folder's run must have begun with the same weights.
-
-    Raises:
-        ValueError: if it has not.
-    """
-    old = last_run_event(folder)
-    if old is not None and old["weights"]["source"] != "random" and old["weights"]["sha256"] != backbone.weights["sha256"]:
-        raise ValueError(
-            f"output_dir={folder} holds a run that began with other weights of {backbone.tag}, whose file has changed since; "
-            "choose another output_dir"
-        )
-
-
-def check_tasks(folder: Path, sequence: TaskSequence) -> None:
-    """The tasks that the folder's run has begun with must be the first ones of this run, with the same images.
+    Args:
+        backbone: None: weights are not compared.
 
     Raises:
         ValueError: if they are not.
@@ -114,6 +93,11 @@ def check_tasks(folder: Path, sequence: TaskSequence) -> None:
     old = last_run_event(folder)
     if old is None:
         return
+    if backbone is not None and old["weights"]["source"] != "random" and old["weights"]["sha256"] != backbone.weights["sha256"]:
+        raise ValueError(
+            f"output_dir={folder} holds a run that began with other weights of {backbone.tag}, whose file has changed since; "
+            "choose another output_dir"
+        )
     new = [task.class_names for task in sequence.tasks]
     if new[: len(old["tasks"])] != old["tasks"]:
         raise ValueError(
@@ -148,7 +132,7 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: if there is none, or one of the two is damaged.
     """
-    found, plain = read_summary(folder), read(folder)
+    found, plain = read_summary(folder), configuration.read(folder)
     if plain is None:
         raise ValueError(f"{folder} holds no finished run (no config.yaml); give the folder of one run")
     if found is None:

@@ -38,10 +38,10 @@ _TIE = 1e-9
 # Singular values below this, relative to the norm, drown when a matrix is squared in float64 (the root of its epsilon, with a margin).
 _SQUARE_LOSES = 1e-7
 
-# From this width on, a few directions are found by iterations; below, a whole decomposition is as fast.
+# Where so many dimensions are free, a few directions are found by iterations; below, a whole decomposition is as fast.
 _WIDE = 320
 
-# Vectors that an iteration adds. A product with so many takes about twice as long as one with a single vector (dim 768).
+# Vectors that an iteration adds. A product with so many takes 1.6 times as long as one with a single vector (dim 768).
 _BLOCK = 8
 
 # Tokens per float32 product. Without the cut, the rounding of a batch of 128 images (25,000 tokens) is about ten times larger, relative
@@ -279,7 +279,7 @@ class _Moment(NamedTuple):
     @classmethod
     def of(cls, covariance: Tensor, dim: int) -> "_Moment":
         C = _on_cpu(covariance, dim)
-        C = (C + C.mT).double().div_(2)  # added before it is made wide: half the time, and what that rounds is within `rounding`
+        C = (C + C.mT).double().div_(2)  # added before it is made wide: less than half the time, and within `rounding`
         norm = C.norm(dim=1).norm().item()  # row by row: one long sum would lose digits that decide near-ties
         if not math.isfinite(norm):
             raise ValueError("the covariance holds NaN or infinity: the layer's inputs have diverged; lower optimizer.lr or check the data")

@@ -12,10 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from inflora import config as configuration
-from inflora.config import RESULT_FREE
 
 # Runs that differ in nothing else are repetitions of one experiment. The hash of the tensors says what was in a backbone's checkpoint.
-NOT_PART_OF_THE_EXPERIMENT = ("seed", "backbone.checkpoint", *sorted(RESULT_FREE))
+NOT_PART_OF_THE_EXPERIMENT = ("seed", "backbone.checkpoint", *sorted(configuration.RESULT_FREE))
 
 # fmt: off
 _REQUIRED = (  # names in summary.json
@@ -126,17 +125,12 @@ def _run_folders(folder: Path) -> list[Path]:
     return found
 
 
-def _settings(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to dotted keys and printable values."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        if key in NOT_PART_OF_THE_EXPERIMENT:
-            continue
-        if isinstance(value, dict) and value:
-            flat.update(_settings(value, f"{key}."))
-        elif isinstance(value, float) and value.is_integer():  # 1.0 is the same setting as 1
-            flat[key] = str(int(value))
-        else:
-            flat[key] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+def _settings(config: dict[str, Any]) -> dict[str, str]:
+    """Dotted keys and printable values, without those of `NOT_PART_OF_THE_EXPERIMENT`."""
+    return {key: _printed(value) for key, value in configuration.leaves(config, NOT_PART_OF_THE_EXPERIMENT).items()}
+
+
+def _printed(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():  # 1.0 is the same setting as 1
+        return str(int(value))
+    return value if isinstance(value, str) else json.dumps(value)
