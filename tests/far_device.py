@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ class Notes:
 
 
 def _place() -> str:
-    frames = [frame for frame in traceback.extract_stack() if "/inflora/" in frame.filename]
+    frames = [frame for frame in traceback.extract_stack() if Path(trainer.__file__).parent in Path(frame.filename).parents]
     return " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}:{frame.name}" for frame in reversed(frames[-3:]))
 
 
