@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import reference
 from benchmarks.timing import Row, angle, compare, kept_for_backward, largest, missed_energy, relative, timed
 from inflora import lora
-from inflora.backbone import build_backbone, write_out_attention
+from inflora.backbone import batch_without_training, build_backbone, write_out_attention
 from inflora.data.cache import FixedImages
 from inflora.data.datasets import ImageSet, Splits, digits
 from inflora.data.tasks import Loading, Task, TaskSequence
@@ -58,7 +58,7 @@ class Sizes:
     """How much work a benchmark does.
 
     Attributes:
-        batch_size: images per training step; four times as many in evaluation.
+        batch_size: images per training step.
         images: training images per class, and at most half as many for testing.
         tasks: tasks of two digits each, 1..5.
         epochs: of the whole run, per task.
@@ -120,7 +120,7 @@ class Bench:
             class_order=list(range(2 * sizes.tasks)),
             task_sizes=[2] * sizes.tasks,
             transforms=build_transforms("shift", built.image_size, built.mean, built.std),
-            loading=Loading(self.fabric.device, sizes.batch_size, 4 * sizes.batch_size, SEED),
+            loading=Loading(self.fabric.device, sizes.batch_size, batch_without_training(self.vit, self.fabric.device), SEED),
         )
         self.last = self.sequence[sizes.tasks - 1]
         self.images = reference.PlainImages(

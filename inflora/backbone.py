@@ -383,6 +383,21 @@ def tensors_sha256(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def batch_without_training(model: Any, device: torch.device) -> int:
+    """How many images a process should pass through a vision transformer at once where nothing is kept for a backward pass.
+
+    On a CPU, as many as the second-level caches of its cores hold activations of: 105 for `vit_micro` on two cores, 8 for ViT-B/16. In a
+    run, batches of 105 take 0.8 of the time that batches of 256 take (`vit_micro`, float32 and bf16).
+    """
+    if device.type != "cpu":
+        return 256
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    return min(256, max(1, torch.get_num_threads() * _CACHED_BY_A_CORE // (tokens * model.embed_dim)))
+
+
+_CACHED_BY_A_CORE = 5 * 2**17  # numbers between two blocks; those inside a block are up to four times as many
+
+
 def write_out_attention(model: nn.Module) -> None:
     """Compute attention as products and a softmax instead of torch's fused kernel; same result to rounding.
 

@@ -70,7 +70,7 @@ class TrainerConfig:
 
     epochs: int = MISSING
     batch_size: int = MISSING
-    eval_batch_size: int = MISSING
+    eval_batch_size: int | None = None
     grad_clip: float | None = None
     grad_accumulation: int = MISSING
     grad_checkpointing: bool = MISSING
@@ -109,7 +109,6 @@ CHOICES = {
 AT_LEAST = {
     "trainer.epochs": 1,
     "trainer.batch_size": 1,
-    "trainer.eval_batch_size": 1,
     "trainer.grad_accumulation": 1,
     "trainer.num_devices": 1,
     "trainer.num_workers": 0,
@@ -206,7 +205,9 @@ def check(cfg: DictConfig) -> None:
                 faults.append(f"{key}={value} does not fit; it must be {_in_words(float)}")
             elif value < least:
                 faults.append(f"{key}={value} is too small; choose {least} or more")
-        clip = cfg.trainer.grad_clip
+        size, clip = cfg.trainer.eval_batch_size, cfg.trainer.grad_clip
+        if size is not None and size < 1:
+            faults.append(f"trainer.eval_batch_size={size} is too small; choose 1 or more, or null for what suits the device")
         if clip is not None and clip <= 0:
             faults.append(f"trainer.grad_clip={clip} is too small; choose more than 0, or null for no clipping")
     if faults:

@@ -23,7 +23,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from inflora import config as configuration
 from inflora import report, run_folder
-from inflora.backbone import Backbone, build_backbone, write_out_attention
+from inflora.backbone import Backbone, batch_without_training, build_backbone, write_out_attention
 from inflora.checkpoint import CheckpointError, write_atomically
 from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
@@ -352,7 +352,7 @@ def build(fabric: Fabric, plain: dict[str, Any], splits: Splits | None = None) -
     loading = Loading(
         device=fabric.device,
         batch_size=plain["trainer"]["batch_size"],
-        eval_batch_size=plain["trainer"]["eval_batch_size"],
+        eval_batch_size=plain["trainer"]["eval_batch_size"] or fabric.world_size * batch_without_training(backbone.model, fabric.device),
         seed=plain["seed"],
         rank=fabric.global_rank,
         world_size=fabric.world_size,

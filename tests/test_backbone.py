@@ -19,6 +19,7 @@ from inflora.backbone import (
     SHIPPED_WEIGHTS,
     Backbone,
     ClassTokenViT,
+    batch_without_training,
     build_backbone,
     load_checkpoint,
     tensors_sha256,
@@ -334,6 +335,22 @@ def test_a_module_is_hashed_through_its_state():
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_without_training_fit_the_cache_of_a_cpu():
+    vit, gpu = toy.toy_vit(), torch.device("cuda")
+    tokens_and_width = (vit.patch_embed.num_patches + 1) * 32
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert batch_without_training(vit, torch.device("cpu")) == min(256, 2 * 655360 // tokens_and_width)
+        micro = build_backbone("vit_micro.tiny_imagenet", pretrained=False, checkpoint=None).model
+        assert batch_without_training(micro, torch.device("cpu")) == 105
+        large = build_backbone("vit_tiny_patch16_224.augreg_in21k", pretrained=False, checkpoint=None, image_size=2048).model
+        assert batch_without_training(large, torch.device("cpu")) == 1
+        assert batch_without_training(large, gpu) == 256
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_attention_written_out_is_the_same_function():

@@ -206,7 +206,7 @@ def test_missing_values_are_named_all_at_once():
         ("trainer.precision=64", "trainer.precision=64 is not known; choose one of 32, bf16, 16"),
         ("trainer.epochs=0", "trainer.epochs=0 is too small; choose 1 or more"),
         ("trainer.batch_size=0", "trainer.batch_size=0 is too small; choose 1 or more"),
-        ("trainer.eval_batch_size=-1", "trainer.eval_batch_size=-1 is too small; choose 1 or more"),
+        ("trainer.eval_batch_size=-1", "trainer.eval_batch_size=-1 is too small; choose 1 or more, or null for what suits the device"),
         ("trainer.num_devices=0", "trainer.num_devices=0 is too small; choose 1 or more"),
         ("trainer.num_workers=-1", "trainer.num_workers=-1 is too small; choose 0 or more"),
         ("seed=-3", "seed=-3 is too small; choose 0 or more"),

@@ -227,7 +227,7 @@ def test_a_damaged_last_checkpoint_is_not_replaced_by_an_older_one(method: str, 
     assert evaluate.main([str(tmp_path / "run")]) == 1
     assert "is damaged" in error_of(capsys)
     assert evaluate.main([str(tmp_path / "run"), "--batch-size", "0"]) == 1
-    assert error_of(capsys) == "trainer.eval_batch_size=0 is too small; choose 1 or more"
+    assert error_of(capsys) == "trainer.eval_batch_size=0 is too small; choose 1 or more, or null for what suits the device"
 
 
 def test_a_run_in_float16_is_tested_on_a_cpu(tmp_path: Path):

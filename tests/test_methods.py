@@ -84,6 +84,15 @@ def test_exactly_these_train(name):
     assert changed(before, tensors(method)) == {key for key in before if re.fullmatch(pattern, key)}
 
 
+def test_heads_train_at_the_rate_of_heads(case):
+    method = build(case)
+    Fit(method, next(iter(sequence_for(method)))).begin()
+    name_of = {id(parameter): name for name, parameter in method.named_parameters()}
+    roles = {name_of[id(parameter)]: group["role"] for group in method.param_groups() for parameter in group["params"]}
+    heads = {name for name in roles if name.split(".")[0] in ("heads", "classifier", "task_heads", "task_mlp")}
+    assert {name for name, role in roles.items() if role == "head"} == heads
+
+
 COMPUTED_ONCE = {"coda_prompt", "coda_prompt penalty", "dualprompt", "dualprompt original", "hide_prompt", "hide_prompt covariance", "l2p",
                  "l2p prompt"}  # fmt: skip
 """Cases whose forward pass is another one by the time its gradient is asked for: their prompts are there for its duration only."""
@@ -274,6 +283,45 @@ def test_old_heads_train_only_under_the_softmax_over_all_seen_classes(softmax, m
     learn(method, [second])
     same = all(torch.equal(old[name], value) for name, value in method.heads.heads[0].state_dict().items())
     assert same is not moves
+
+
+SEES_OLD_HEADS = {
+    "derpp",
+    "derpp full balanced",
+    "er",
+    "er full reservoir",
+    "icarl",
+    "icarl peft sigmoid",
+    "lwf",
+    "lwf full",
+    "sequential_full seen",
+}
+"""Cases whose loss compares a new image with old classes too."""
+
+
+@pytest.mark.parametrize("name", [name for name, trains in TRAINS.items() if "heads" in trains and not name.startswith("joint")])
+def test_the_loss_of_a_later_task_reaches_old_heads_only_where_it_should(name):
+    """The published methods leave old classes out of the softmax; one over all seen classes is another, much weaker method."""
+    method = build(CASES[name])
+    first, second, _ = sequence_for(method)
+    learn(method, [first])
+    Fit(method, second).begin()
+    with torch.no_grad():  # where nothing has moved yet, distillation has no gradient
+        for group in trainable_groups(method, {"branch": 1, "head": 1}):
+            for parameter in group["params"]:
+                parameter += 0.01 * torch.randn(parameter.shape)
+    method.heads.requires_grad_(True)  # the trainer freezes the old ones, which would hide what the loss does
+    method.zero_grad()
+    batches = second.batches("train", stream="fit", epoch=1)
+    x, y = next(iter(batches))
+    method.train()
+    method.begin_epoch(1)  # the head alone may train in the first
+    method.sample_ids = batches.sample_ids(0)
+    found = method.loss(x, y)
+    for loss in [found] if isinstance(found, Tensor) else found:
+        loss.backward()
+    reached = any(parameter.grad is not None and parameter.grad.any() for parameter in method.heads.heads[0].parameters())
+    assert reached is (name in SEES_OLD_HEADS)
 
 
 def test_local_cross_entropy_is_that_of_the_newest_head():

@@ -162,7 +162,7 @@ class LoRADRS(LowRankMethod):
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
-        self.projectors = self.projectors[:0]
+        self.projectors = self.projectors[:0].clone()  # a view would keep them all
         with torch.autocast(self.device.type, enabled=False):
             self.prototypes.add(class_means(self.features, task, self.heads.embed_dim, self.device))
 

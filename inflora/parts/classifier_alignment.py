@@ -131,7 +131,7 @@ class ClassifierAlignment(GrowingBuffers):
         """With `restore`: the heads as their tasks left them, bit for bit."""
         if len(self.own_bias):
             set_heads(heads, self.own_weight, self.own_bias)
-            self.own_weight, self.own_bias = self.own_weight[:0], self.own_bias[:0]
+            self.own_weight, self.own_bias = self.own_weight[:0].clone(), self.own_bias[:0].clone()
 
 
 class Aligned(Method):
