@@ -79,6 +79,19 @@ def test_dropout_is_for_training_only():
     assert torch.equal(adapter(x), adapter(x))
 
 
+def test_what_is_dropped_is_the_bottleneck():
+    vit = toy.toy_vit()
+    (adapter, _) = trained(inject(vit, bottleneck=1, dropout=0.5))
+    x = torch.randn(50, toy.EMBED_DIM)
+    x = x[(adapter.down(x) > 0.1).flatten()]
+    found = adapter(x)
+    nothing = (0.5 * adapter.up.bias).expand_as(found)
+    doubled = 0.5 * (2 * adapter.down(x) @ adapter.up.weight.T + adapter.up.bias)
+    is_dropped = (found == nothing).all(dim=1, keepdim=True)
+    assert is_dropped.any() and not is_dropped.all()
+    torch.testing.assert_close(found, torch.where(is_dropped, nothing, doubled))
+
+
 def test_sets_are_switched():
     vit = toy.toy_vit().eval()
     plain = vit(images())

@@ -389,7 +389,9 @@ def test_fecam_scores_are_the_distances_of_the_formula(alphas, covariance, tukey
     with torch.no_grad():
         method.backbone.norm.weight.uniform_(0.5, 1.5)  # with equal weights, features add up to zero and no covariance has full rank
     tasks = toy.sequence(2, num_classes=4, train=12)
-    learn(method, tasks)
+    for task in tasks:
+        learn(method, [task])
+        scores(method, test_images(tasks))  # a run tests after every task; what that has computed must not stay when classes come
 
     def prepared(x: Tensor) -> np.ndarray:
         with torch.no_grad():
@@ -413,6 +415,19 @@ def test_fecam_scores_are_the_distances_of_the_formula(alphas, covariance, tukey
             difference = z - train[y == c].mean(0)
             expected[row, c] = -difference @ np.linalg.pinv(sigma) @ difference
     np.testing.assert_allclose(scores(method, x).double().numpy(), expected, rtol=1e-3)
+
+
+def test_fecam_measures_distances_in_full_precision(monkeypatch):
+    method = FeCAM(toy.toy_vit(), covariance="full", alpha1=1.0, alpha2=1.0, normalize=True, tukey=None).eval()
+    tasks = toy.sequence(2, num_classes=4, train=12)
+    learn(method, tasks)
+    x = test_images(tasks)
+    with torch.no_grad():
+        directions = method.directions(x)
+    monkeypatch.setattr(method, "directions", lambda x: directions)
+    expected = scores(method, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(scores(method, x), expected)
 
 
 def test_shrinkage_and_correlations():

@@ -67,6 +67,13 @@ def test_one_image_none_at_all_and_fewer_than_dimensions(kind):
         assert found.sample(label, 3).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["full", "diag"])
+def test_a_class_of_one_image_is_drawn_with_a_variance_of_a_ten_thousandth(kind):
+    x, y = features(2, [1, 3])
+    drawn = fitted(kind, x, y, tasks=(2,)).sample(0, 20_000, generator=torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(drawn.var(0), torch.full((DIM,), 1e-4, dtype=torch.float64), rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["full", "shared", "diag"])
 def test_samples_have_the_moments_asked_for(kind):
     x, y = features(2, [40, 60])

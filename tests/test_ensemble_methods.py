@@ -39,6 +39,21 @@ def test_lae_leaves_the_backbone_alone_until_it_trains(variant):
     torch.testing.assert_close(lae(variant).features(x), toy.toy_vit().eval()(x))
 
 
+def test_lae_adapter_is_the_formula():
+    """attention(x) + scale up(gelu(down(x))), of the attention's own input."""
+    method, x = lae("adapter"), torch.randn(3, 17, toy.EMBED_DIM)
+    attention: Any = method.backbone.blocks[0].attn  # type: ignore[index, union-attr]
+    adapter = attention.adapter
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+        inside = x @ adapter.down.weight.T + adapter.down.bias
+        inside = inside * (1 + torch.erf(inside / 2**0.5)) / 2
+        plain: Any = toy.toy_vit().eval()
+        expected = plain.blocks[0].attn(x) + adapter.scale * (inside @ adapter.up.weight.T + adapter.up.bias)
+        torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("variant", LAE_VARIANTS)
 def test_lae_offline_module_is_the_moving_average_of_all_steps(variant):
     """The formula, unrolled in float64 over the online modules that the steps left behind."""
@@ -240,16 +255,31 @@ def test_cl_lora_shared_factors_are_orthonormal_and_frozen():
 def test_cl_lora_starts_every_task_with_a_fresh_path_and_the_old_shared_branch():
     method = cl_lora()
     for task in toy.sequence():
-        shared = frozen_copy(method.shared)
+        shared, before_task = frozen_copy(method.shared), next(iter(lora.branches(method.late).values())).scale.detach().clone()  # type: ignore[union-attr]
         Fit(method, task).begin()
         (branch,) = lora.branches(method.late).values()
         for rows in branch.lora_A.double():
             torch.testing.assert_close(rows @ rows.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
         assert not branch.lora_B.any()
         assert branch.scale is not None and (branch.scale >= 0.5).all() and (branch.scale <= 1.5).all()
+        assert (branch.scale - before_task).abs().min() > 1e-4, "drawn anew"
         assert all(torch.equal(shared[name], value) for name, value in method.shared.items())
         assert all(torch.equal(shared[name], value) for name, value in method.teacher.tensors.items())
         Fit(method, task).train().end()
+
+
+def test_cl_lora_compares_block_weights_with_the_mean_of_the_older_tasks():
+    method = cl_lora()
+    tasks = toy.sequence()
+    learn(method, tasks.tasks[:2])
+    Fit(method, tasks[2]).begin()
+    (branch,) = lora.branches(method.late).values()
+    with torch.no_grad():
+        branch.scale.copy_(torch.tensor([1.0, 2.0]))  # type: ignore[union-attr]
+        for path, weights in zip(method.paths, ([-3.0, 1.0], [2.0, 1.0]), strict=True):
+            next(value for name, value in path.tensors.items() if name.endswith("scale")).copy_(torch.tensor(weights))  # type: ignore[operator, union-attr]
+    expected = (1 / (5**0.5 * 10**0.5) + 4 / (5**0.5 * 5**0.5)) / 2
+    assert method.block_weight_overlap().item() == pytest.approx(expected)
 
 
 def test_cl_lora_distils_first_and_then_learns_with_the_images_passed_again():

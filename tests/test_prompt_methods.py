@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from inflora.interference import InterferenceProbe
 from inflora.methods.coda_prompt import CodaPrompt, component_weights, orthonormal_rows, share
 from inflora.methods.dualprompt import DualPrompt
-from inflora.methods.hide_prompt import HidePrompt
+from inflora.methods.hide_prompt import HidePrompt, ResidualMlp
 from inflora.methods.l2p import L2P
 from inflora.parts.centroids import ClassCentroids
 from inflora.parts.contrast import contrastive
@@ -163,6 +163,15 @@ def test_cosines_by_hand():
             for m in range(3):
                 expected = (query[b] @ keys[k, m]) / (query[b].norm() * keys[k, m].norm())
                 assert found[k, b, m].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("choose", [lambda q, k: cosines(q, k), lambda q, k: component_weights(q, k, k), lambda q, k: contrastive(q, k[0])])
+def test_what_is_compared_is_compared_in_full_precision(choose):
+    """Under autocast too: cosines of half precision tie, and ties go to the first."""
+    query, keys = noise(4, 5), noise(2, 3, 5, seed=1)
+    expected = choose(query, keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(choose(query, keys), expected)
 
 
 @pytest.mark.parametrize(
@@ -661,6 +670,59 @@ def test_hide_prompt_aligns_both_classifiers_after_every_task_but_the_first(name
     assert aligned <= moved and not any(key.startswith("backbone.") for key in moved)
     assert nn.functional.cross_entropy(scores(method, x), y) < losses[0]
     assert nn.functional.cross_entropy(method.task_scores(method.query(x)), y) < losses[1]
+
+
+def test_hide_prompt_aligns_by_sgd_with_momentum(monkeypatch):
+    method: Any = build([*METHODS["hide_prompt"], "method.align_epochs=3", "method.align_lr=0.05"])
+    tasks = list(toy.sequence())
+    learn(method, tasks[:1])
+    fit = Fit(method, tasks[1]).begin().train()
+    monkeypatch.setattr(type(method.statistics), "sample", lambda self, chosen: torch.stack([noise(D, seed=int(row)) for row in chosen]))
+    align, heads, order = method._align, [], []
+
+    def recorded(scores: Any, modules: Any, statistics: Any, task: Any, **how: Any) -> None:
+        heads[:] = [copy.deepcopy(method.heads)]
+        order[:] = [torch.get_rng_state()]
+        align(scores, modules, statistics, task, **how)
+
+    monkeypatch.setattr(method, "_align", recorded)
+    fit.end()
+    by_hand, labels = heads[0].requires_grad_(True), method.statistics.sources()
+    torch.set_rng_state(order[0])
+    velocity = [torch.zeros_like(parameter) for parameter in by_hand.parameters()]
+    for epoch in range(3):
+        for chosen in (torch.randperm(120 * len(labels))[: 120 * 2] // 120).split(120):
+            loss = nn.functional.cross_entropy(by_hand(torch.stack([noise(D, seed=int(row)) for row in chosen])), labels[chosen])
+            gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+            for parameter, gradient, speed in zip(by_hand.parameters(), gradients, velocity, strict=True):
+                speed.mul_(0.9).add_(gradient)
+                parameter.data -= 0.05 * cosine(epoch, 3) * speed
+    for found, expected in zip(method.heads.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_task_classifier_of_hide_prompt_is_the_formula():
+    mlp, x = ResidualMlp(D, 2), noise(5, D)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    inside = x @ mlp.up.weight.T + mlp.up.bias
+    inside = inside * (1 + torch.erf(inside / 2**0.5)) / 2
+    y = x + inside @ mlp.down.weight.T + mlp.down.bias
+    y = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(mlp(x), y * mlp.norm.weight + mlp.norm.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_start_in_the_published_ranges():
+    for name, prompt, low, high in (
+        ("hide_prompt", "e_prompts.0", -1, 1),
+        ("dualprompt original", "e_prompts.0", 0, 0.01),
+        ("dualprompt original", "g_prompt", 0, 0.01),
+    ):
+        method = build(METHODS[name])
+        Fit(method, toy.sequence()[0]).begin()
+        value, reach = method.get_parameter(prompt), high - low
+        assert low <= value.min() < low + 0.05 * reach and high - 0.05 * reach < value.max() <= high, (name, prompt)
 
 
 def test_centroids_account_for_every_image():

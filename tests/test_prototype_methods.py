@@ -316,6 +316,15 @@ def test_ranpac_does_not_depend_on_the_order_of_the_later_tasks(monkeypatch):
     torch.testing.assert_close(scored([0, 1, 4, 5, 2, 3]), scored([0, 1, 2, 3, 4, 5]), rtol=0, atol=1e-4)
 
 
+def test_ridge_scores_in_full_precision():
+    method: Any = build(["method=ranpac", "method.variant=none"])
+    learn(method, [toy.sequence()[0]])
+    h = torch.randn(5, method.ridge.width)
+    expected = method.ridge(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.ridge(h), expected)
+
+
 def test_ranpac_chooses_lambda_on_held_out_images_of_the_current_task():
     method: Any = build(["method=ranpac", "method.variant=none"])
     first, second, _ = toy.sequence(train=20)

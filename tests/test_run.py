@@ -28,6 +28,7 @@ from torch.multiprocessing import ProcessExitedException
 from inflora import run_folder
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
+from inflora.data.datasets import hash_paths
 from inflora.evaluate import evaluate_run
 from inflora.export import export_run
 from inflora.methods.linear_probe import LinearProbe
@@ -158,7 +159,9 @@ def test_the_summary(finished):
         "task_aware_accuracy",
         "task_id_accuracy",
     } <= (found.keys())
-    assert len(found["test_hash"]) == len(found["weights_sha256"]) == 64
+    splits = toy.tiny(Path())
+    assert (found["train_hash"], found["test_hash"]) == (hash_paths(splits.train.paths), hash_paths(splits.test.paths))
+    assert len(found["weights_sha256"]) == 64
     assert {"torch", "timm", "numpy", "inflora", "python"} <= found["versions"].keys()
     assert found["git_commit"] is None or len(found["git_commit"]) == 40
     assert found["device"]
@@ -226,6 +229,13 @@ def test_unusual_methods_run(target, trained, tmp_path):
     assert found["task_aware_accuracy"] > 50
     losses = read_events(tmp_path, "epoch")
     assert len(losses) == (6 if trained else 0)
+
+
+def test_what_trains_is_told_by_the_task_that_trains_most(tmp_path):
+    """APER trains in the first task only."""
+    found = run_toy(tmp_path, "method=aper", "trainer.epochs=1")
+    first, *later = found["trainable_parameters_per_task"]
+    assert later == [0, 0] and found["trainable_parameters"] == first > 0
 
 
 def test_joint_fills_the_last_row_only(tmp_path):
