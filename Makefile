@@ -43,7 +43,9 @@ lint: .venv/dev.stamp  ## formatting, lint, types
 bench: .venv/dev.stamp  ## time the hot paths against the plain reference, as ratios; on a GPU too where there is one
 	$(PY) -m benchmarks
 	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		failed=0; \
 		for precision in 32 bf16; do \
-			$(PY) -m benchmarks --backbone vit_b16 --random --device cuda --precision $$precision --out outputs/benchmarks/vit_b16_$$precision || exit 1; \
+			$(PY) -m benchmarks --backbone vit_b16 --random --device cuda --precision $$precision --out outputs/benchmarks/vit_b16_$$precision || failed=1; \
 		done; \
+		exit $$failed; \
 	fi

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from benchmarks.pairs import BACKBONES, WIDTHS, Bench, Sizes
 from benchmarks.timing import Disagreement, Row
 from inflora.results import device_name, git_revision, package_versions, peak_memory_bytes
+from inflora.run import full_float32
 
 _FULL = {"tasks": 5, "epochs": 5, "turns": 5, "run_turns": 1, "learned": (1, 10, 50, 100), "ranks": (1, 10, 50), "widths": (192, 384, 768)}
 SIZES = {
@@ -46,12 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def keep(result: dict[str, Any]) -> None:
         (out / "bench.json").write_text(json.dumps(head | result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (out / "bench.md").write_text(markdown(head | result), encoding="utf-8")
 
-    result = head | measure(sizes, options, keep)
-    keep(result)
-    text = markdown(result)
-    (out / "bench.md").write_text(text, encoding="utf-8")
-    print(f"{text}\nWritten to {out}")
+    with full_float32():
+        result = measure(sizes, options, keep)
+    print(f"{markdown(head | result)}\nWritten to {out}")
     if result["disagreements"]:
         sys.exit("\n".join(result["disagreements"]))
 
@@ -84,6 +84,7 @@ def measure(sizes: Sizes, options: dict[str, Any], keep: Callable[[dict[str, Any
             except Disagreement as error:
                 result["disagreements"].append(str(error))
                 progress.console.print(str(error), style="red", highlight=False)
+            result["peak_memory_bytes"] = peak_memory_bytes(bench.fabric.device)
             keep(result)
             progress.advance(bar)
 
@@ -110,7 +111,7 @@ def measure(sizes: Sizes, options: dict[str, Any], keep: Callable[[dict[str, Any
         for width in sizes.widths:
             of_this_width = {"backbone": WIDTHS[width], "pretrained": False, "image_size": sizes.width_image_size}
             grow("width", width, lambda arguments=options | of_this_width: Bench(sizes, **arguments).growth())
-    return result | {"peak_memory_bytes": peak_memory_bytes(bench.fabric.device)}
+    return result
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -120,13 +121,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        **{name: versions[name] for name in ("torch", "torchvision", "timm")},
+        **{name: versions.get(name) for name in ("torch", "torchvision", "timm")},
         **git_revision(),
     }
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """`bench.md`: ratios and times, the limit, growth."""
+    """`bench.md`: ratios and times, the limit, growth; of an unfinished benchmark, what there is."""
     lines = ["# Benchmark", "", _listed(result["settings"]), "", _listed(result["machine"]), ""]
     lines += ["| | times faster | in single turns | this package | plain reference | agreement |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
@@ -134,14 +135,15 @@ def markdown(result: dict[str, Any]) -> str:
         agreement = f"{row['measure']}: {row['difference']:.1e}"
         times = f"{_time(row['fast_s'])} | {_time(row['plain_s'])}"
         lines.append(f"| {row['name']} | **{row['ratio']:.2f}** | {turns} | {times} | {agreement} |")
-    limit = result["limit"]
-    lines += [
-        "",
-        f"The limit: a training step has {limit['operations'] / 1e9:.3g} G operations in matrix products and does "
-        f"{limit['step_rate'] / 1e9:,.0f} G a second, **{limit['fraction']:.0%}** of the {limit['product_rate'] / 1e9:,.0f} G "
-        f"a second of one large product in the same precision: {limit['images_per_second']:,.0f} images a second. Both sides and all rows "
-        f"together needed at most {result['peak_memory_bytes'] / 1e9:.2f} GB.",
-    ]
+    if limit := result.get("limit"):
+        lines += [
+            "",
+            f"The limit: a training step has {limit['operations'] / 1e9:.3g} G operations in matrix products and does "
+            f"{limit['step_rate'] / 1e9:,.0f} G a second, **{limit['fraction']:.0%}** of the {limit['product_rate'] / 1e9:,.0f} G "
+            f"a second of one large product in the same precision: {limit['images_per_second']:,.0f} images a second. Both sides and all "
+            f"rows together needed at most {result['peak_memory_bytes'] / 1e9:.2f} GB.",
+        ]
+    lines += [line for disagreement in result["disagreements"] for line in ("", f"**The sides disagree**: {disagreement}")]
     lines += ["", "What a task costs, this package / plain reference, against the number of tasks learned before, the rank, and the width."]
     for table in filter(None, result["growth"].values()):
         names = list(table[0])

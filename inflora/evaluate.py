@@ -22,9 +22,9 @@ from inflora.terminal import tolerate_any_encoding
 from inflora.trackers import read_matrix
 from inflora.trainer import evaluate
 
-TOLERANCE = 0.0005
-"""Largest difference in a task's accuracy, as a fraction, that another device or batch size explains: near-ties in the scores. One image of
-a task is always allowed."""
+TOLERANCE = {"32": 0.0005, "bf16": 0.005, "16": 0.005}
+"""By `trainer.precision`, the largest difference in a task's accuracy, as a fraction, that another device or batch size explains: near-ties
+in the scores. One image of a task is always allowed."""
 
 
 @full_float32()
@@ -84,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for task, (a, b) in enumerate(zip(now, recorded, strict=True)):
         table.add_row(str(task), f"{100 * a:.2f}", f"{100 * b:.2f}")
     Console().print(table)
-    counts = np.array(finished_run(given.run)[0]["test_counts"])
-    agree = bool((np.abs(now - recorded) <= np.maximum(TOLERANCE, 1.5 / counts)).all())
+    found, plain = finished_run(given.run)
+    allowed = np.maximum(TOLERANCE[plain["trainer"]["precision"]], 1.5 / np.array(found["test_counts"]))
+    agree = bool((np.abs(now - recorded) <= allowed).all())
     print("Same as recorded." if agree else "Not the same as recorded: other images, weights, packages or another precision than then.")
     return 0 if agree else 1
 

@@ -30,6 +30,7 @@ from inflora.data.transforms import Resize, build_transforms
 from inflora.method import Method
 from inflora.run import USER_ERRORS, build_method, make_fabric
 from inflora.run_folder import finished_run, last_run_event, load_trained
+from inflora.terminal import tolerate_any_encoding
 
 TOLERANCE = 1e-4
 """Largest difference to the method's scores, relative to the largest of them: rounding in float32."""
@@ -60,7 +61,6 @@ def export_run(folder: Path, out: Path, *, onnx: bool = False, peft: bool = Fals
     found, plain = finished_run(folder)
     if onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise ValueError("--onnx needs packages that are not installed; run `pip install onnx onnxscript`")
-    plain["backbone"] |= {"pretrained": False, "checkpoint": None}  # the checkpoint has all weights
     fabric = make_fabric(plain["trainer"] | {"num_devices": 1, "device": "cpu", "precision": "32"})
     backbone, method = build_method(fabric, plain)
     load_trained(method, folder)
@@ -244,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--onnx", action="store_true", help="also DIR/model.onnx (pip install onnx onnxscript)")
     parser.add_argument("--peft", action="store_true", help="also DIR/adapter, a LoRA adapter for PEFT on the pretrained timm model")
     given = parser.parse_args(arguments)
+    tolerate_any_encoding()
     try:
         export_run(given.run, given.out, onnx=given.onnx, peft=given.peft)
     except USER_ERRORS as error:

@@ -127,7 +127,9 @@ def write_configuration(folder: Path, plain: dict[str, Any], hydra_files: dict[s
 
 
 def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The summary of the finished run in a folder, and its resolved configuration.
+    """The summary of the finished run in a folder, and its resolved configuration, to rebuild its model from its last checkpoint.
+
+    That holds all weights: the configuration asks for no pretrained ones, which may no longer be where they were.
 
     Raises:
         ValueError: if there is none, or one of the two is damaged.
@@ -137,7 +139,7 @@ def finished_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{folder} holds no finished run (no config.yaml); give the folder of one run")
     if found is None:
         raise ValueError(f"{folder} holds no finished run (no summary.json); give its command again, with output_dir={folder}")
-    return found, plain
+    return found, {**plain, "backbone": {**plain["backbone"], "pretrained": False, "checkpoint": None}}
 
 
 def load_trained(method: Method, folder: Path) -> None:

@@ -2,15 +2,16 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 import toy  # noqa: F401  (makes timm know vit_toy.test)
 
-from benchmarks import reference
+from benchmarks import pairs, reference
 from benchmarks.__main__ import main
-from benchmarks.pairs import BACKBONES, Bench, Sizes
-from benchmarks.timing import Disagreement, angle, compare, kept_for_backward, missed_energy
+from benchmarks.pairs import BACKBONES, PRODUCT_SIZE, Bench, Sizes
+from benchmarks.timing import Disagreement, angle, compare, kept_for_backward, missed_energy, timed
 from inflora import lora
 from inflora.methods import inflora
 from inflora.subspace import DualGPM, design_branch
@@ -57,7 +58,20 @@ def test_a_disagreement_ends_the_benchmark_badly_but_after_all_else(tmp_path, mo
     assert "training step" not in names and "branch design, all layers" in names
     assert str(ended.value) == "\n".join(result["disagreements"])
     assert result["limit"]["operations"] > 0 and result["peak_memory_bytes"] > 0
-    assert "| training step |" not in (tmp_path / "bench.md").read_text(encoding="utf-8")
+    text = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert "| training step |" not in text and f"**The sides disagree**: {result['disagreements'][0]}" in text
+
+
+def test_what_a_stopped_benchmark_has_measured_is_kept(tmp_path, monkeypatch):
+    def stop(bench) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Bench, "run_row", stop)
+    with pytest.raises(MemoryError):
+        main(["--quick", "--backbone", "toy", "--random", "--out", str(tmp_path)])
+    text = (tmp_path / "bench.md").read_text(encoding="utf-8")
+    assert "| training step |" in text and "| evaluation on all tasks |" in text and "The limit" not in text
+    assert len(json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["rows"]) == 7
 
 
 def test_operations_of_a_step_are_those_counted_by_hand():
@@ -104,6 +118,21 @@ def test_a_memory_that_protects_too_much_is_noticed(monkeypatch):
         bench.subspace_row(0)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda C, memory, rank: design_branch(torch.eye(len(C)), memory, rank),  # in the free space, but not the leading directions
+        lambda C, memory, rank: design_branch(C, DualGPM(len(C)), rank),  # the leading directions, protected ones among them
+    ],
+)
+def test_a_later_branch_in_other_directions_is_noticed(wrong, monkeypatch):
+    bench = small_bench()
+    assert bench.subspace_row(2).difference < 1e-3
+    monkeypatch.setattr(pairs, "design_branch", wrong)
+    with pytest.raises(Disagreement, match="share of its energy that a branch misses"):
+        bench.subspace_row(2, updates=False)
+
+
 def test_a_first_branch_in_other_directions_is_noticed(monkeypatch):
     bench = small_bench()
     bench.first_step_row()
@@ -136,6 +165,41 @@ def test_the_sides_take_turns_after_a_warm_up():
     )
     assert calls == ["fast", "plain"] * 4
     assert row.turns == 3 and row.ratio_low <= row.ratio_high
+
+
+def test_the_warm_up_is_not_part_of_the_times():
+    waits = iter([0.2, 0.001, 0.001, 0.001])
+
+    def slow_at_first() -> None:
+        time.sleep(next(waits))
+
+    row = compare("waiting", slow_at_first, lambda: None, turns=3, measure="none", distance=lambda a, b: 0.0, tolerance=0.0)
+    assert row.fast_s < 0.1 and row.ratio_low <= row.ratio <= row.ratio_high
+    assert row.ratio_low > row.plain_s / 0.2, "the first turn is none of them"
+
+
+def test_a_device_is_waited_for_before_and_after(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    timed(lambda: calls.append("work"))
+    assert calls == ["wait", "work", "wait"]
+
+
+def test_the_matrix_rate_is_that_of_the_steps_precision(monkeypatch):
+    monkeypatch.setitem(PRODUCT_SIZE, "cpu", 48)
+    multiply, seen = torch.Tensor.__matmul__, []
+
+    def watched(left, right):
+        if left.shape == right.shape == (48, 48):
+            seen.append(left.dtype)
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    for precision, dtype in (("32", torch.float32), ("bf16", torch.bfloat16)):
+        Bench(SMALL, backbone="vit_toy.test", pretrained=False, device="cpu", precision=precision).limit()
+        assert seen and set(seen) == {dtype}
+        seen.clear()
 
 
 # ---- measures -----------------------------------------------------------------------------------------------------------------------

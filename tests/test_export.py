@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,44 @@ def test_a_run_in_float16_is_tested_on_a_cpu(tmp_path: Path):
     assert "precision: '16'" in (tmp_path / "config.yaml").read_text()
     now, recorded = evaluate.evaluate_run(tmp_path)
     assert now == pytest.approx(recorded)
+
+
+@pytest.mark.parametrize("method", ["sequential", "lae", "l2p", "aper", "hide_prompt", "slca"])
+def test_a_finished_run_needs_no_pretrained_weights(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "weights.pth"
+    torch.save(toy.toy_vit(seed=5).state_dict(), file)
+    run_toy(tmp_path / "run", f"method={method}", f"backbone.checkpoint={file}", "trainer.epochs=1")
+    file.unlink()
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    if method == "sequential":
+        export_run(tmp_path / "run", tmp_path / "out", peft=True)
+        adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "weights.pth"
+
+
+def test_a_run_of_several_processes_in_half_precision_is_exported(finished: Path, tmp_path: Path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    changed = config.replace("precision: '32'", "precision: '16'").replace("num_devices: 1", "num_devices: 2")
+    assert len(changed) == len(config) and changed != config
+    (folder / "config.yaml").write_text(changed)
+    model = export_run(folder, tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision, allowed", [("32", 0.05), ("bf16", 0.5)])
+def test_near_ties_are_allowed_for(precision: str, allowed: float, tmp_path: Path):
+    """In percent of a task with many images; half precision has more of them."""
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1", f"trainer.precision={precision}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"test_counts": [100_000] * 3}))
+    *lines, last = (tmp_path / "accuracy_matrix.csv").read_text().splitlines()
+    first, *others = map(float, last.split(","))
+    for difference, code in ((0.9 * allowed, 0), (1.1 * allowed, 1)):
+        row = ",".join(map(str, [first + difference, *others]))
+        (tmp_path / "accuracy_matrix.csv").write_text("\n".join([*lines, row]) + "\n")
+        assert evaluate.main([str(tmp_path)]) == code
 
 
 def test_what_is_not_as_recorded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,19 @@ def test_folder_and_packed_file_give_the_same_dataset(folder: Path, packed: Path
     assert one.train.labels.tolist() == [0] * TRAIN_PER_CLASS + [1] * TRAIN_PER_CLASS
     expected = np.asarray(Image.open(folder / "train" / "n02" / "3.png")).transpose(2, 0, 1)
     assert np.array_equal(one.train.pixels[TRAIN_PER_CLASS + 3].numpy(), expected)
+
+
+def test_images_may_lie_deeper_and_beside_other_files(folder: Path, tmp_path: Path) -> None:
+    """As in the official Tiny-ImageNet: train/<class>/images/*, beside lists."""
+    for split, name in ((split, name) for split in ("train", "val") for name in CLASSES):
+        shutil.copytree(folder / split / name, tmp_path / split / name / "images")
+        (tmp_path / split / name / f"{name}_boxes.txt").write_text("0.png 0 0 1 1")
+        (tmp_path / split / name / ".hidden.png").write_bytes(b"no image")
+    found, expected = pretrain.load(tmp_path), pretrain.load(folder)
+    assert torch.equal(found.train.pixels, expected.train.pixels) and torch.equal(found.val.labels, expected.val.labels)
+    shutil.rmtree(tmp_path / "val" / CLASSES[1])
+    with pytest.raises(FileNotFoundError, match=rf"has no images in val/{CLASSES[1]}; each class needs some in train and in val\.$"):
+        pretrain.load(tmp_path)
 
 
 def test_larger_images_are_resized() -> None:
@@ -201,6 +215,16 @@ def test_a_finished_run_that_is_asked_for_again_has_one_last_line(packed: Path, 
     assert lines(tmp_path) == once
 
 
+def test_the_average_follows_slowly_once_it_has_begun() -> None:
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for step, share in ((0, 0.1), (8, 0.5), (10_000, 0.99)):
+        with torch.no_grad():
+            average.weight.fill_(1.0)
+            model.weight.fill_(0.0)
+        pretrain.update_average(average, model, step, 0.99)
+        assert average.weight.item() == pytest.approx(share)
+
+
 def test_a_teacher_predicts_with_the_averaged_weights_and_running_statistics(packed: Path, teacher: Path) -> None:
     model = pretrain.load_teacher(teacher, len(CLASSES), torch.device("cpu"))
     average = checkpoint(teacher)["average"]
@@ -246,15 +270,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         train(packed, tmp_path / "resumed", "--save-minutes", "0", *given)
     assert checkpoint(tmp_path / "resumed")["step"] == 2
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:  # an epoch after the last checkpoint, which will be trained again
-        file.write('{"step": 3}\n')
+        file.write('{"step": 3, "final": false}\n{"step"')  # and half of another one
     train(packed, tmp_path / "resumed", *given)
 
     whole, resumed = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "resumed")
     assert whole["step"] == resumed["step"] == 4
     for part in ("model", "average"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
-    steps = [[line["step"] for line in lines(tmp_path / name)] for name in ("whole", "resumed")]
-    assert steps[0] == steps[1]
+    told = [[(line["step"], line["train_loss"]) for line in lines(tmp_path / name)] for name in ("whole", "resumed")]
+    assert told[0] == told[1]
     last = lines(tmp_path / "whole")[-1]
     assert last["final"] and last["val_images"] == VAL_PER_CLASS * len(CLASSES)
 

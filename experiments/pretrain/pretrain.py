@@ -128,12 +128,26 @@ def load_npz(path: Path) -> Dataset:
     return Dataset(decode_all(files[:num_train], labels[:num_train]), decode_all(files[num_train:], labels[num_train:]), classes)
 
 
+def is_image(path: Path) -> bool:
+    """Whether Pillow reads files with this suffix."""
+    return path.suffix.lower() in Image.registered_extensions() and not path.name.startswith(".")
+
+
 def load_folder(root: Path) -> Dataset:
-    """Read `root/train/<class>/*` and `root/val/<class>/*`; the sorted training folders give the class order."""
+    """Read `root/train/<class>/*` and `root/val/<class>/*`, at any depth; the sorted training folders give the class order.
+
+    Raises:
+        FileNotFoundError: if a class has no images in one of the two.
+    """
     classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
 
     def read(split: str) -> Images:
-        files = [(path, label) for label, name in enumerate(classes) for path in sorted((root / split / name).iterdir())]
+        files = [(path, label) for label, name in enumerate(classes) for path in sorted((root / split / name).rglob("*")) if is_image(path)]
+        missing = sorted(set(range(len(classes))) - {label for _, label in files})
+        if missing:
+            raise FileNotFoundError(
+                f"--data={root} has no images in {split}/{classes[missing[0]]}; each class needs some in train and in val."
+            )
         return decode_all([path for path, _ in files], [label for _, label in files])
 
     return Dataset(read("train"), read("val"), classes)
@@ -352,8 +366,8 @@ class Run:
                 raise FloatingPointError(f"the loss is {value} at step {step}; lower --lr={self.args.lr} and start in a new --out folder.")
         return values
 
-    def save(self, path: Path) -> None:
-        """Write atomically: a kill leaves the previous checkpoint."""
+    def save(self, path: Path, losses: list[Tensor]) -> None:
+        """Write atomically: a kill leaves the previous checkpoint. `losses` are those since the last line of metrics.jsonl."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -361,6 +375,7 @@ class Run:
             "rng": torch.get_rng_state(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
+            "losses": torch.tensor(self.read(losses)),
         }
         if self.device.type != "cpu":  # patch dropout draws on the device
             state[f"rng_{self.device.type}"] = torch.get_device_module(self.device).get_rng_state()
@@ -368,8 +383,12 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, path)
 
-    def restore(self, path: Path) -> None:
-        """Continue exactly where `save` stopped; on another kind of device, whose generator has no saved state, with new patch dropout."""
+    def restore(self, path: Path) -> list[Tensor]:
+        """Continue exactly where `save` stopped; on another kind of device, whose generator has no saved state, with new patch dropout.
+
+        Returns:
+            The losses that were given to `save`.
+        """
         # By way of the CPU: loading then moves each tensor to the parameters, but leaves the optimizer's step counts, which it reads at
         # every step, where they have to be.
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -379,11 +398,13 @@ class Run:
         if f"rng_{self.device.type}" in state:
             torch.get_device_module(self.device).set_rng_state(state[f"rng_{self.device.type}"])
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        return list(state["losses"].to(self.device))
 
 
 def rewind(file: Path, step: int) -> None:
     """Drop the lines of metrics.jsonl that will be written again: a stopped run's after its last checkpoint, and a finished run's last."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = [line for line in lines if line.endswith("\n")]  # a full disk may have left half a line
     rows = [json.loads(line) for line in lines]
     file.write_text("".join(line for line, row in zip(lines, rows, strict=True) if row["step"] <= step and not row["final"]))
 
@@ -426,15 +447,13 @@ def train(args: argparse.Namespace) -> None:
     run, checkpoint = Run(args, len(data.classes), num_train // args.batch_size), args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "args.json").write_text(json.dumps(vars(args) | {"run_command": "train", "device": run.device.type}, default=str, indent=2))
-    if checkpoint.exists():
-        run.restore(checkpoint)
+    losses = run.restore(checkpoint) if checkpoint.exists() else []
     rewind(args.out / "metrics.jsonl", run.step)
     images, val = data.train.to(run.device), data.val.to(run.device)
     message = "%d training and %d validation images of %d classes, %d steps an epoch on %s; starting at step %d after %.0f s"
     log.info(message, num_train, len(val.labels), len(data.classes), run.steps_per_epoch, run.device.type, run.step, run.elapsed_s)
 
     started_s, saved_s = time.monotonic() - run.elapsed_s, run.elapsed_s
-    losses: list[Tensor] = []
     while run.progress() < 1.0:
         losses.append(run.train_step(images))
         if run.step % args.log_steps == 0:
@@ -445,11 +464,10 @@ def train(args: argparse.Namespace) -> None:
             losses = []
         run.elapsed_s = time.monotonic() - started_s
         if run.elapsed_s - saved_s >= 60.0 * args.save_minutes:
-            run.read(losses)
-            run.save(checkpoint)
+            run.save(checkpoint, losses)
             saved_s = run.elapsed_s
     validate(run, val, losses, final=True)
-    run.save(checkpoint)
+    run.save(checkpoint, losses)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------------------------
@@ -473,11 +491,14 @@ def export(args: argparse.Namespace) -> None:
     description = {"architecture": ARCHITECTURE, "arguments": GEOMETRY | {"num_classes": 0}, "mean": [0.5] * 3, "std": [0.5] * 3}
     args.to.parent.mkdir(parents=True, exist_ok=True)
     # One metadata entry: the order of several is not defined, and the same weights should give the same bytes.
-    save_file(backbone, args.to, metadata={"timm": json.dumps(description)})
-    size = args.to.stat().st_size
+    partial = args.to.with_suffix(".partial")
+    save_file(backbone, partial, metadata={"timm": json.dumps(description)})
+    size = partial.stat().st_size
     if size > MAX_EXPORT_BYTES:
-        args.to.unlink()
+        partial.unlink()
         raise ValueError(f"the exported file has {size} bytes, more than the {MAX_EXPORT_BYTES} the package allows; make GEOMETRY smaller.")
+    partial.chmod(0o644)  # safetensors makes private files
+    os.replace(partial, args.to)
 
     model = timm.create_model(ARCHITECTURE, num_classes=len(head["head.bias"]), **GEOMETRY)
     model.load_state_dict({name: value.float() for name, value in load_file(args.to).items()} | head, strict=True)
