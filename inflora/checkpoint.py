@@ -10,6 +10,7 @@ of the run leave out every tensor that is still bit for bit the base's, which fo
 task leaves out those of the last task's end, too: what that task has merged into the weights, say.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -50,7 +51,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files; here whoever sees the folder may read
+        with contextlib.suppress(PermissionError):  # of disks that know no such thing
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files; here whoever sees the folder may read
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TestCounter:
     def __init__(self, class_to_task: Tensor):
         """`class_to_task`: (num_classes,) long, the task of every class; its device is where the counting happens."""
         self.class_to_task = class_to_task
-        self.counts = class_to_task.new_zeros(4, int(class_to_task.max()) + 1)
+        self.counts = class_to_task.new_zeros(4, int(class_to_task.max()) + 1, dtype=torch.int32)  # mps adds no longs in some versions
         self.num_nan = class_to_task.new_zeros(())
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
@@ -55,7 +56,7 @@ class TestCounter:
         within = scores.masked_fill(task_of != true_task.unsqueeze(1), float("-inf")).argmax(dim=1)
         hits = (labels == labels, predicted == labels, within == labels, task_of[predicted] == true_task)
         for row, hit in zip(self.counts, hits, strict=True):
-            row.index_add_(0, true_task, hit.long())
+            row.index_add_(0, true_task, hit.int())
 
     def rates(self) -> Array:
         """(3, T) shares of a task's images: correct, correct within the task, right task. Nan for tasks without an image."""

@@ -24,7 +24,10 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         label = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        console.print(label + self.format(record), markup=False, highlight=False, soft_wrap=True)
+        try:
+            console.print(label + self.format(record), markup=False, highlight=False, soft_wrap=True)
+        except (OSError, SystemExit):  # a terminal that has gone, a full disk behind it, a reader that has left (rich would end the run)
+            console.quiet = True
 
 
 class Display:

@@ -103,21 +103,34 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     origin = origin or Origin.of(plain)
     folder = Path(plain["output_dir"])
-    found = run_folder.look_up(folder, plain)
-    if found is not None:
-        finished, known = found
-        if known["dataset"]["root"] != plain["dataset"]["root"]:
-            _check_images_of_finished(folder, plain)
-        started = started_by_launcher(plain["trainer"]["num_devices"])
-        if started is not None and started.rank > 0:
-            return finished
-        print(f"This run is finished: {folder}")
-        report.print_table(finished)
-        if not (folder / "report" / "report.html").exists():  # it was killed in between
-            print(f"It has no report yet; python -m inflora.report {folder} --out {folder / 'report'} writes it")
+    # Where a launcher has started several processes, they look together, once they have met: not all machines may see the folder.
+    if started_by_launcher(plain["trainer"]["num_devices"]) is None and (finished := _finished(folder, plain)) is not None:
+        _show_finished(folder, finished)
         return finished
     with full_float32():
         return _launch(make_fabric(plain["trainer"]), plain, origin)
+
+
+def _finished(folder: Path, plain: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of the run asked for, if the folder holds it and it is finished. Touches nothing.
+
+    Raises:
+        ValueError: if the folder holds another run, or one on other images.
+    """
+    found = run_folder.look_up(folder, plain)
+    if found is None:
+        return None
+    finished, known = found
+    if known["dataset"]["root"] != plain["dataset"]["root"]:
+        _check_images_of_finished(folder, plain)
+    return finished
+
+
+def _show_finished(folder: Path, finished: dict[str, Any]) -> None:
+    print(f"This run is finished: {folder}")
+    report.print_table(finished)
+    if not (folder / "report" / "report.html").exists():  # it was killed in between
+        print(f"It has no report yet; python -m inflora.report {folder} --out {folder / 'report'} writes it")
 
 
 @contextmanager
@@ -204,13 +217,24 @@ def started_by_launcher(processes: int) -> Started | None:
 def _launch(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     processes = plain["trainer"]["num_devices"]
     spawns = processes > 1 and started_by_launcher(processes) is None
-    with _stop_signals_handed_on() if spawns else contextlib.nullcontext():
+    with _stop_signals_handed_on() if spawns else contextlib.nullcontext(), _own_port():
         outcome = fabric.launch(_spawned if spawns else _process, plain, origin)  # type: ignore[arg-type]  # it passes the arguments on
     if isinstance(outcome, BaseException):
         if fabric.global_rank > 0:
             time.sleep(LAST_WORDS_S)
         raise outcome
     return read_summary(Path(plain["output_dir"])) if spawns else outcome  # type: ignore[return-value]
+
+
+@contextmanager
+def _own_port() -> Iterator[None]:
+    """Inside, Fabric may choose where processes meet; the next run of this process, in a multirun, chooses anew."""
+    before = os.environ.get("MASTER_PORT")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("MASTER_PORT", None)
 
 
 LAST_WORDS_S = 3.0
@@ -253,9 +277,17 @@ def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
             own.rmdir()  # Hydra made it; empty
     try:
         with contextlib.ExitStack() as held:
+            finished = None
             with failing_together():
-                if fabric.is_global_zero:  # the process that writes, not the one that started it: either may be killed alone
+                if fabric.is_global_zero and (finished := _finished(folder, plain)) is None:
+                    # The process that writes, not the one that started it: either may be killed alone.
                     held.enter_context(run_folder.hold(folder))
+                    finished = _finished(folder, plain)  # another process may have been at work here until now
+            if (finished := fabric.broadcast(finished)) is not None:
+                if fabric.is_global_zero:
+                    _show_finished(folder, finished)
+                return finished
+            with failing_together():
                 held.enter_context(_logging(folder, fabric.is_global_zero))
             return _train(fabric, plain, origin)
     except (*USER_ERRORS, Interrupted, KeyboardInterrupt) as error:
@@ -283,7 +315,8 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         schedule = _instantiate("scheduler", plain["scheduler"])
         parts = build(fabric, plain)
         run_folder.check_begun(folder, parts.sequence, parts.backbone)
-        if fabric.is_global_zero:
+    with failing_together():
+        if fabric.is_global_zero:  # when all have come this far
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
             # The last thing that may fail, since a finished run that is continued loses its summary here.
             run_folder.write_configuration(folder, plain, origin.hydra_files)

@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +24,12 @@ import torch
 import toy
 import yaml
 from helpers import METHODS, ROOT, files_of, num_rows, read_events, results, run_toy, toy_config, train_py
+from lightning_fabric import Fabric
+from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 from torch.multiprocessing import ProcessExitedException
 
-from inflora import run_folder
+from inflora import progress, run_folder
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
 from inflora.data.datasets import hash_paths
@@ -322,13 +326,43 @@ def test_a_finished_run_is_looked_up(finished, capsys):
     assert f"{found['last_accuracy']:.2f}" in printed
 
 
-def test_one_of_several_processes_looks_a_finished_run_up_aloud(finished, monkeypatch, capsys):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    for rank, is_heard in (("0", True), ("1", False)):
-        monkeypatch.setenv("RANK", rank)
-        assert run_toy(finished, "trainer.num_devices=2") == summary_of(finished)
-        assert ("This run is finished" in capsys.readouterr().out) == is_heard
+def test_one_of_several_processes_looks_a_finished_run_up_aloud(finished, tmp_path, capsys):
+    """The others may not see its folder: they are told."""
+    plain: Any = OmegaConf.to_container(toy_config(finished, "trainer.num_devices=2"), resolve=True)
+    before, told = files_of(finished), []
+    first: Any = SimpleNamespace(broadcast=lambda own: told.append(own) or own, is_global_zero=True, world_size=2)
+    assert _process(first, plain, Origin({})) == summary_of(finished)
+    assert "This run is finished" in capsys.readouterr().out
+    assert told == [str(finished), summary_of(finished)]
+    other: Any = SimpleNamespace(broadcast=lambda own: told.pop(0), is_global_zero=False, world_size=2)
+    assert _process(other, plain | {"output_dir": str(tmp_path / "nowhere")}, Origin({})) == summary_of(finished)
+    assert capsys.readouterr().out == "" and not (tmp_path / "nowhere").exists()
+    assert files_of(finished) == before
+
+
+def test_a_run_that_ends_while_its_folder_is_waited_for_is_looked_up(finished, monkeypatch):
+    """Between the first look and the lock, another process may have been at work in the folder."""
+    plain: Any = OmegaConf.to_container(toy_config(finished), resolve=True)
+    looks = iter([None, run_folder.look_up(finished, plain)])
+    monkeypatch.setattr(run_folder, "look_up", lambda *_: next(looks))
+    fabric: Any = SimpleNamespace(broadcast=lambda own: own, is_global_zero=True, world_size=1)
+    assert _process(fabric, plain, Origin({})) == summary_of(finished)
+
+
+def test_no_configuration_is_written_before_all_processes_can_begin(tmp_path, monkeypatch):
+    """Else the corrected command would be refused as one of another configuration."""
+    meetings = iter(["folder", "log", "parts"])
+
+    @contextmanager
+    def with_another_that_fails() -> Iterator[None]:
+        yield
+        if next(meetings) == "parts":
+            raise ValueError("no images on the other machine")
+
+    monkeypatch.setattr("inflora.run.failing_together", with_another_that_fails)
+    with pytest.raises(ValueError, match="no images on the other machine"):
+        run_toy(tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
 
 
 def test_a_run_whose_report_a_kill_prevented_says_how_to_write_it(finished, tmp_path, capsys):
@@ -663,6 +697,21 @@ def test_two_machines(by, tmp_path):
     assert num_rows(summary.parent) == 5
     assert "task 4: accuracy" in said[0][1] and "task 4: accuracy" not in said[1][1] and "Report:" not in said[1][0]
 
+    # Again: it is finished, which only the first machine may know.
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        command, environment = launched(by, rank, port)
+        cwd = tmp_path / f"machine {rank}"
+        cwd.mkdir()
+        given = f"output_dir={folder if rank == 0 else cwd / 'not here'}"
+        options: Any = {"cwd": cwd, "env": os.environ | environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen([*command, *arguments, given], **options))
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said[0][1] + said[1][1]
+    assert "This run is finished" in said[0][0] and "This run is finished" not in said[1][0]
+
 
 @pytest.mark.slow
 def test_processes_of_a_launcher_say_a_fault_once(tmp_path):
@@ -819,3 +868,26 @@ def test_a_damaged_summary_is_named(finished, tmp_path):
     (tmp_path / "copy" / "summary.json").unlink()
     run_toy(tmp_path / "copy")
     assert results(tmp_path / "copy") == results(finished)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SystemExit(1)])
+def test_a_terminal_that_has_gone_ends_no_run(error, tmp_path, monkeypatch):
+    """rich ends the process where the reader of a pipe has left."""
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(progress.console, "print", gone)
+    try:
+        run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")
+    finally:
+        progress.console.quiet = False
+    assert num_rows(tmp_path) == 3
+
+
+def test_the_next_run_of_a_process_chooses_its_own_port(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    launch = Fabric.launch
+    monkeypatch.setattr(Fabric, "launch", lambda self, *args: os.environ.setdefault("MASTER_PORT", "12345") and launch(self, *args))
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")
+    assert "MASTER_PORT" not in os.environ
