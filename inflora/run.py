@@ -243,7 +243,7 @@ LAST_WORDS_S = 3.0
 
 @contextmanager
 def _stop_signals_handed_on() -> Iterator[None]:
-    """While spawned processes train, stopping is theirs: a terminal sends Ctrl-C to them too, and SIGTERM is handed on.
+    """While spawned processes train, stopping is theirs: they are told by SIGTERM, which they take as they take a terminal's Ctrl-C before.
 
     This process waits until they have saved; a second Ctrl-C ends the waiting.
     """
@@ -253,9 +253,8 @@ def _stop_signals_handed_on() -> Iterator[None]:
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
-        if number == signal.SIGTERM:
-            for process in multiprocessing.active_children():
-                process.terminate()
+        for process in multiprocessing.active_children():
+            process.terminate()
 
     try:
         with stop_signals_to(hand_on):
@@ -269,13 +268,13 @@ def _stop_signals_handed_on() -> Iterator[None]:
 @full_float32()  # again for a spawned process, which knows nothing of its parent's settings
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
-    # Processes that a launcher has started have each composed the configuration, and the default folder has the time in its name.
-    own, folder = Path(plain["output_dir"]), Path(fabric.broadcast(plain["output_dir"]))
-    plain = {**plain, "output_dir": str(folder)}
-    if own != folder:
-        with contextlib.suppress(OSError):
-            own.rmdir()  # Hydra made it; empty
     try:
+        # Processes that a launcher has started have each composed the configuration, and the default folder has the time in its name.
+        own, folder = Path(plain["output_dir"]), Path(fabric.broadcast(plain["output_dir"]))
+        plain = {**plain, "output_dir": str(folder)}
+        if own != folder:
+            with contextlib.suppress(OSError):
+                own.rmdir()  # Hydra made it; empty
         with contextlib.ExitStack() as held:
             finished = None
             with failing_together():
