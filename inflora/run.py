@@ -44,10 +44,6 @@ USER_ERRORS = (ValueError, OSError, CheckpointError, TrainingError)
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-SAME_EVERYWHERE = ("inflora.data.datasets.digits", "inflora.data.datasets.cifar100")
-"""Data sets that are what they are wherever they lie; looking one up must not start a download."""
-
-
 @dataclass
 class Parts:
     """What a run is made of."""
@@ -420,7 +416,7 @@ def _check_images_of_finished(folder: Path, plain: dict[str, Any]) -> None:
         ValueError: if they are not.
     """
     data = plain["dataset"]
-    if data["_target_"] in SAME_EVERYWHERE or not Path(data["root"]).expanduser().exists():
+    if getattr(get_method(data["_target_"]), "is_same_everywhere", False) or not Path(data["root"]).expanduser().exists():
         return
     try:
         splits = load_images(data)

@@ -23,7 +23,7 @@ _MIX_2 = -7723592293110705685
 def stream_seed(seed: int, name: str, *keys: int) -> int:
     """A 63-bit seed for the stream `name` of run `seed`, e.g. `stream_seed(0, "shuffle", task, epoch)`."""
     text = "\0".join([str(seed), name, *map(str, keys)])  # a separator no name contains: ("a:1",) and ("a", 1) are two streams
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, name: str, *keys: int) -> torch.Generator:

@@ -1,6 +1,8 @@
 """Stores of decoded images, and the cache on disk."""
 
+import errno
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -112,6 +114,40 @@ def test_one_decodes_while_the_others_wait(tmp_path: Path, own_cache: Path, monk
         assert_holds(store, pixels)
     assert len(decoded_paths) == 3
     assert len(entries(own_cache)) == 1
+
+
+def test_an_added_class_leaves_no_older_copy(tmp_path: Path, own_cache: Path) -> None:
+    write(tmp_path / "images", ONE_SIZE[:3])
+    load(tmp_path / "images")
+    (before,) = entries(own_cache)
+    shutil.copytree(tmp_path / "images" / "class", tmp_path / "images" / "other")
+    assert len(decoded(FolderSource(tmp_path / "images", ["class", "other"]), "toy")) == 6
+    (after,) = entries(own_cache)
+    assert after != before
+
+
+def test_a_copy_that_cannot_be_opened_now_is_not_thrown_away(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "images", ONE_SIZE[:3])
+    load(tmp_path / "images")
+    (entry,) = entries(own_cache)
+
+    def no_memory(*args: object, **options: object) -> None:
+        assert options["mode"] == "r", "another kind would need as much memory as the file is large"
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Cannot allocate memory"):
+        patch.setattr(np, "memmap", no_memory)
+        load(tmp_path / "images")
+    assert entries(own_cache) == [entry] and (entry / "pixels.bin").exists()
+
+
+def test_large_images_are_decoded_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, jobs = write(tmp_path / "images", MANY_SIZES), []
+    ahead = cache.map_ahead
+    monkeypatch.setattr(cache, "DECODE_BYTES", 3 * pixels[0].nbytes)
+    monkeypatch.setattr(cache, "map_ahead", lambda work, chunks, *numbers: jobs.extend(map(len, chunks)) or ahead(work, chunks, *numbers))
+    assert_holds(load(tmp_path / "images"), pixels)
+    assert max(jobs) == 3 and sum(jobs) == len(pixels)
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path, own_cache: Path) -> None:
@@ -230,6 +266,14 @@ def test_map_ahead_passes_errors_on() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(results)
+
+
+def test_of_a_pgm_of_16_bits_the_upper_eight_are_kept(tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], np.uint16)
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    (tmp_path / "images" / "class" / "deep.pgm").write_bytes(b"P5 3 2 65535\n" + values.astype(">u2").tobytes())
+    images, _ = load(tmp_path / "images").fetch(torch.tensor([0]))
+    assert images[0, 0].tolist() == [[0, 0, 1], [0x12, 0xFF, 0xFF]]
 
 
 @pytest.mark.parametrize("kind", ["<u2", ">u2"])

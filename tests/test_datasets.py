@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from inflora.config import DatasetConfig
 from inflora.data import cache, datasets
 from inflora.data.datasets import Splits, cifar100, digits, hash_paths, imagefolder, imagenet_r
-from inflora.data.tasks import split_task_sizes
+from inflora.data.tasks import Loading, TaskSequence, split_task_sizes
 from inflora.data.transforms import build_transforms
 
 WNIDS = ["n01443537", "n02165456", "n03594945"]
@@ -72,7 +72,7 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 def write(root: Path, paths: list[str], size: tuple[int, int] = (32, 32)) -> Path:
     """Images whose pixels depend on their path alone."""
     for path in paths:
-        seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
+        seed = int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:4], "little")
         pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root / path)
@@ -471,6 +471,15 @@ def test_coda_split_takes_its_numbering_from_the_lists(tmp_path: Path) -> None:
     assert splits.split_id == "coda (unpublished)"
 
 
+def test_no_image_is_in_both_coda_lists(tmp_path: Path) -> None:
+    root = write_renditions(tmp_path / "data")
+    train, _ = coda_lists(root)
+    listed = yaml.safe_load((root / "imagenet-r_test.yaml").read_text())
+    (root / "imagenet-r_test.yaml").write_text(yaml.safe_dump(listed | {"data": [*listed["data"][1:], train[0]]}))
+    with pytest.raises(ValueError, match=rf"both list {train[0]}; an image is for training or for testing"):
+        imagenet_r(root, split="coda")
+
+
 def test_bad_coda_lists(tmp_path: Path) -> None:
     root = write_renditions(tmp_path / "data")
     with pytest.raises(
@@ -594,6 +603,26 @@ def test_further_classes_leave_the_split_of_the_others_as_it_was(tmp_path: Path)
     assert after.train.paths[: len(before.train.paths)] == before.train.paths
 
 
+def test_class_names_may_be_any_the_system_has(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    root = write(tmp_path / "data", [f"{name}/{number}.png" for name in ("a", odd) for number in range(5)], (3, 3))
+    splits = imagefolder(root)
+    assert splits.class_names == ["a", odd]
+    loading = Loading(torch.device("cpu"), batch_size=2, eval_batch_size=2, seed=0)
+    tasks = TaskSequence(
+        splits, class_order=[0, 1], task_sizes=[1, 1], transforms=build_transforms("shift", 3), loading=loading, max_train_per_class=2
+    )
+    assert [task.class_names for task in tasks] == [["a"], [odd]]
+
+
+def test_class_folders_without_images_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(tmp_path / "data", [f"{name}/{number}.png" for name in "ac" for number in range(5)], (3, 3))
+    (root / "b").mkdir()
+    (root / "b" / "1.gif").write_bytes(b"GIF89a")
+    assert imagefolder(root).class_names == ["a", "c"]
+    assert "1 folders hold no image (.jpg" in caplog.text and "b for one" in caplog.text
+
+
 def test_few_images_of_many_classes_can_be_split(tmp_path: Path) -> None:
     root = write(tmp_path / "data", [f"{label}/{number}.png" for label in range(9) for number in range(2)], (3, 3))
     assert_disjoint_and_complete(imagefolder(root))
@@ -614,6 +643,7 @@ def test_few_images_of_many_classes_can_be_split(tmp_path: Path) -> None:
             "needs train/<class>/[*] and test/<class>/[*], but train/1.png lies in no class folder",
         ),
         (["train/a/1.png", "test/a/notes.txt"], "but train or test has no images"),
+        (["Train/a/1.png", "Train/a/2.png", "Test/a/1.png", "Test/a/2.png"], "has the folders Test, Train; call them train and test, or"),
         (["train/a/1.png", "test/a/1.png", "test/b/1.png"], "has test images of 1 classes without training images, b for one"),
     ],
 )

@@ -32,7 +32,7 @@ from torch.multiprocessing import ProcessExitedException
 from inflora import progress, run_folder
 from inflora.checkpoint import CheckpointFolder
 from inflora.config import ConfigurationError
-from inflora.data.datasets import hash_paths
+from inflora.data.datasets import hash_paths, same_everywhere
 from inflora.evaluate import evaluate_run
 from inflora.export import export_run
 from inflora.methods.linear_probe import LinearProbe
@@ -379,8 +379,7 @@ def test_a_finished_run_is_looked_up_from_any_machine(finished):
 
 def test_no_data_set_is_downloaded_to_look_a_run_up(tmp_path, monkeypatch):
     run_toy(tmp_path / "run", "method=linear_probe", "trainer.epochs=1", "dataset.root=here")
-    monkeypatch.setattr("inflora.run.SAME_EVERYWHERE", ("toy.tiny",))
-    monkeypatch.setattr(toy, "tiny", None)  # would fail
+    monkeypatch.setattr(toy, "tiny", same_everywhere(lambda *_, **__: pytest.fail("it was loaded")))
     run_toy(tmp_path / "run", "method=linear_probe", "trainer.epochs=1", f"dataset.root={tmp_path}")
 
 

@@ -142,3 +142,41 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
     (folder / "a" / "loop").symlink_to("..")
     (folder / "b" / "more").symlink_to(write(tmp_path / "elsewhere", "2.png"))
     assert find(folder).paths == ["a/1.png", "b/1.png", "b/more/2.png"]
+
+
+def test_links_that_lead_nowhere_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    assert find(tmp_path).paths == ["a/1.png", "b/1.png"]
+    assert "1 links to images lead to no file, and are left out, a/2.png for one" in caplog.text
+
+
+def test_a_zip_whose_names_begin_with_a_dot(tmp_path: Path) -> None:
+    write(tmp_path / "images", "a/1.png", "b/1.png")
+    source = find(pack(tmp_path / "images", tmp_path / "root" / "toy.zip", "./"))
+    assert source.paths == ["a/1.png", "b/1.png"]
+    assert source.read("b/1.png") == (tmp_path / "images" / "b" / "1.png").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_an_archive_replaced_in_place_is_another_source(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / "images", "a/1.png", "b/1.png")
+    archive = pack(tmp_path / "images", tmp_path / f"toy{suffix}")
+    before = find(archive)
+    os.utime(archive, ns=(0, 0))
+    after = find(archive)
+    assert after.identity == before.identity and after.fingerprint != before.fingerprint
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a/1.png", "b/1.png")
+    scandir = os.scandir
+
+    def refusing(path: str | Path) -> object:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError):
+        find(tmp_path)

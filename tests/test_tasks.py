@@ -12,7 +12,7 @@ from torch import Tensor
 from inflora.data import tasks
 from inflora.data.cache import FixedImages, ImageStore, VariableImages
 from inflora.data.datasets import ImageSet, Splits, hash_paths
-from inflora.data.tasks import Batches, Loading, TaskSequence, parse_class_order, split_task_sizes
+from inflora.data.tasks import Batches, Loading, TaskSequence, _select_rows, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
 
 LOADING = Loading(device=torch.device("cpu"), batch_size=5, eval_batch_size=7, seed=0, num_workers=2)
@@ -173,6 +173,14 @@ def test_joint_stream_is_one_stage_tested_on_all_tasks() -> None:
 def test_train_labels_follow_the_test_view() -> None:
     for task in sequence(order=[3, 0, 5, 1, 4, 2]):
         assert torch.equal(task.train_labels, collect(task.batches("test", stream="x"))[1])
+
+
+@pytest.mark.parametrize("per_class, fraction, kept", [(1, 0.5, 1), (2, 0.01, 1), (2, 0.99, 1), (10, 0.01, 9), (10, 0.99, 1)])
+def test_validation_takes_an_image_of_a_class_and_leaves_one(per_class: int, fraction: float, kept: int) -> None:
+    splits = toy_splits(2, per_class)
+    train_rows, test_rows = _select_rows(splits, fraction, None, None)
+    assert [len(rows) for rows in train_rows] == [kept] * 2
+    assert [len(rows) for rows in test_rows] == [per_class - kept] * 2
 
 
 def test_validation_takes_images_from_training_for_good() -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-DECODE_CHUNK = 64
-"""Images per thread job: small images decode in 0.1 ms, less than it costs to hand a job to a thread."""
+DECODE_CHUNK, DECODE_BYTES = 64, 2**24
+"""Images per thread job: small images decode in 0.1 ms, less than it costs to hand a job to a thread. Of large ones, no more than so many
+bytes: twice as many jobs as threads may be decoded and not yet written."""
 
 
 # ------------------------------------------------------------------------------------------------------------------------- stores
@@ -208,23 +210,25 @@ def _open_entry(entry: Path) -> ImageStore | None:
     """The images of a cache entry; None where it is missing or incomplete."""
     try:
         sizes = np.load(entry / "sizes.npy")
-        # Copy-on-write: nothing is written, but torch refuses arrays that are formally read-only.
-        flat = np.memmap(entry / "pixels.bin", np.uint8, mode="c")
-    except (OSError, ValueError, EOFError):
+        flat = np.memmap(entry / "pixels.bin", np.uint8, mode="r")  # a writable one would count against the machine's memory
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, EOFError):
         return None
     return _store(flat, sizes) if len(flat) == 3 * sizes.prod(1).sum() else None
 
 
 def _store(flat: np.ndarray, sizes: np.ndarray) -> ImageStore:
     if (sizes == sizes[0]).all():
-        return FixedImages(torch.from_numpy(flat.reshape(len(sizes), 3, *sizes[0])))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
+            return FixedImages(torch.from_numpy(flat.reshape(len(sizes), 3, *sizes[0])))
     return VariableImages(flat, torch.from_numpy(sizes))
 
 
 def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     """Write all images of a source to `file`; returns their (N, 2) heights and widths."""
     log.info("decoding %d images of %s, once", len(source.paths), source.location)
-    chunks = [source.paths[start : start + DECODE_CHUNK] for start in range(0, len(source.paths), DECODE_CHUNK)]
+    size = max(1, min(DECODE_CHUNK, DECODE_BYTES // max([1, *(_decoded_bytes(source, path) for path in source.paths[:1])])))
+    chunks = [source.paths[start : start + size] for start in range(0, len(source.paths), size)]
     num_threads = min(16, os.cpu_count() or 1)
     sizes: list[tuple[int, int]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -238,13 +242,22 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     return np.array(sizes, dtype=np.int64)
 
 
+def _decoded_bytes(source: Source, path: str) -> int:
+    """Of one image, from its header; 0 where that cannot be read, which decoding will say."""
+    try:
+        with Image.open(io.BytesIO(source.read(path))) as image:
+            return 3 * image.width * image.height
+    except Exception:
+        return 0
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image in Pillow's mode RGB. Of 16 bits the upper eight are kept; Pillow would make white of all values above 255.
 
     Raises:
         ValueError: for pixels whose range is not known.
     """
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow opens PGM of 16 bits as numbers of 32
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits")

@@ -35,6 +35,9 @@ from inflora.seeding import generator
 log = logging.getLogger(__name__)
 
 
+_Load = TypeVar("_Load", bound=Callable[..., "Splits"])
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images with their labels.
@@ -65,9 +68,16 @@ def hash_paths(paths: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{path}\n" for path in sorted(paths)).encode(errors="surrogateescape")).hexdigest()
 
 
+def same_everywhere(load: _Load) -> _Load:
+    """Marks a data set whose images are the same wherever it is looked for: looking a finished run up need not load, or download, them."""
+    load.is_same_everywhere = True  # type: ignore[attr-defined]
+    return load
+
+
 # ------------------------------------------------------------------------------------------------------------------------- digits
 
 
+@same_everywhere
 def digits(root: Path, *, split: str | None = None) -> Splits:
     """Scikit-learn's 1,797 handwritten digits, 8x8 pixels: no file, no download.
 
@@ -94,6 +104,7 @@ def digits(root: Path, *, split: str | None = None) -> Splits:
 # ----------------------------------------------------------------------------------------------------------------------- CIFAR-100
 
 
+@same_everywhere
 def cifar100(root: Path, *, split: str | None = None) -> Splits:
     """CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels, 100 classes.
 
@@ -318,7 +329,6 @@ def imagenet_r(root: Path, *, split: str) -> Splits:
     # The recipe counts files in folder order; for images already divided into train/ and test/ that is not the order they were listed in.
     order = sorted(range(len(names)), key=lambda row: names[row].rpartition("/"))
     names = [names[row] for row in order]
-    images = Rows(decoded(source, "imagenet_r"), torch.tensor(order))
     labels, class_names = _labels([name.split("/")[0] for name in names])
     if split == "inflora":
         permutation = torch.randperm(len(names), generator=torch.Generator().manual_seed(_INFLORA_SPLIT_SEED))
@@ -332,6 +342,7 @@ def imagenet_r(root: Path, *, split: str) -> Splits:
     if split in _IMAGENET_R_HASHES and test_hash != _IMAGENET_R_HASHES[split]:
         log.warning("the test images are not those of the published split %s of ImageNet-R", split)
         split = f"{split} (unpublished)"
+    images = Rows(decoded(source, "imagenet_r"), torch.tensor(order))
     _keep_index(f"imagenet_r-{test_hash[:12]}", names, train, test)
     splits = Splits(_subset(images, labels, names, train), _subset(images, labels, names, test), class_names, split)
     return _warn_unless_published("ImageNet-R", splits, num_classes=200, num_train=24_000, num_test=6_000)
@@ -372,6 +383,8 @@ def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, l
         labels[rows] = torch.tensor(list(listed.values()))
         wnids.update({label: name.split("/")[0] for name, label in listed.items()})
         both.append(rows)
+    if twice := sorted(set(both[0].tolist()) & set(both[1].tolist())):
+        raise ValueError(f"the imagenet-r list files in {folder} both list {names[twice[0]]}; an image is for training or for testing")
     if sorted(wnids) != list(range(len(wnids))):
         raise ValueError(f"the targets of the imagenet-r list files in {folder} are not numbered 0..{len(wnids) - 1}")
     return *both, labels, [wnids[label] for label in range(len(wnids))]
@@ -427,9 +440,11 @@ def imagefolder(root: Path, *, split: str | None = None) -> Splits:
     if split is None:
         split = "stratified:0"
         log.info("%s has no train and test folders: using dataset.split=%s", source.location, split)
-    store = decoded(source, "imagefolder")
     labels, class_names = _labels([path.split("/")[0] for path in source.paths])
+    if {name.lower() for name in class_names} <= {"train", "training", "test", "testing", "val", "valid", "validation"}:
+        raise ValueError(f"{source.location} has the folders {', '.join(class_names)}; call them train and test, or they would be classes")
     train, test = _stratified_by_class(labels, class_names, int(split.removeprefix("stratified:")))
+    store = decoded(source, "imagefolder")
     return Splits(_subset(store, labels, source.paths, train), _subset(store, labels, source.paths, test), class_names, split)
 
 

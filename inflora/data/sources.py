@@ -10,7 +10,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Source(ABC):
         """
         self.location = location
         self.paths = sorted(stamps, key=lambda path: path.rpartition("/"))
-        self.identity = _digest([str(location.resolve()), base, *sorted(folders)])
+        self.identity = _digest([str(location.resolve()), base, str("train" in folders)])  # not the classes: some may be added
         self.fingerprint = _digest([self.identity, *(f"{path} {stamps[path]}" for path in self.paths)])
 
     @abstractmethod
@@ -51,14 +51,28 @@ class FolderSource(Source):
     """Images in `folders` below a folder, at any depth."""
 
     def __init__(self, location: Path, folders: list[str]) -> None:
-        stamps = {}
+        stamps, without_file, without_image = {}, [], []
         for folder in folders:
-            for parent, subfolders, files in os.walk(location / folder, followlinks=True):
+            for parent, subfolders, files in os.walk(location / folder, onerror=_refuse, followlinks=True):
                 subfolders[:] = [name for name in subfolders if not _is_hidden(name) and not _leads_back(os.path.join(parent, name))]
                 prefix = Path(parent).relative_to(location).as_posix()
-                for name in filter(is_image, files):
-                    stat = os.stat(os.path.join(parent, name))
-                    stamps[f"{prefix}/{name}"] = (stat.st_size, stat.st_mtime_ns)
+                images = list(filter(is_image, files))
+                if not images and not subfolders:
+                    without_image.append(prefix)
+                for name in images:
+                    try:
+                        stat = os.stat(os.path.join(parent, name))
+                    except FileNotFoundError:
+                        without_file.append(f"{prefix}/{name}")
+                    else:
+                        stamps[f"{prefix}/{name}"] = (stat.st_size, stat.st_mtime_ns)
+        if without_file:
+            log.warning(
+                "%s: %d links to images lead to no file, and are left out, %s for one", location, len(without_file), without_file[0]
+            )
+        if without_image:
+            kinds = " ".join(IMAGE_SUFFIXES)
+            log.warning("%s: %d folders hold no image (%s), %s for one", location, len(without_image), kinds, without_image[0])
         super().__init__(location, "", folders, stamps)
 
     def read(self, path: str) -> bytes:
@@ -86,7 +100,8 @@ class _Archive(NamedTuple):
 
 def _open_zip(location: Path) -> _Archive:
     archive = zipfile.ZipFile(location)
-    return _Archive([name for name in archive.namelist() if is_image(name)], archive.read)
+    names = {posixpath.normpath(name): name for name in archive.namelist() if not name.endswith("/")}  # some begin with ./
+    return _Archive(list(filter(is_image, names)), lambda name: archive.read(names[name]))
 
 
 def _open_tar(location: Path) -> _Archive:
@@ -183,6 +198,11 @@ def _open_archive(location: Path, accept: Accept) -> Source | None:
         if folders := accept(names):
             return ArchiveSource(location, archive, base, folders)
     return None
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that cannot be listed is no empty one."""
+    raise error
 
 
 def _leads_back(folder: str) -> bool:

@@ -493,8 +493,8 @@ def _select_rows(splits: Splits, fraction: float, max_train: int | None, max_tes
         train = _shuffle_class(train, "train", name)
         if fraction > 0:
             # Held out from the end, so that `max_train_per_class` chooses the same images with and without validation.
-            num_held_out = max(1, round(fraction * len(train)))
-            train, test = train[:-num_held_out], train[-num_held_out:]
+            num_kept = len(train) - min(max(1, round(fraction * len(train))), len(train) - 1)
+            train, test = train[:num_kept], train[num_kept:]
         else:
             test = _shuffle_class(test, "test", name)
         train_rows.append(train[:max_train].sort().values)
