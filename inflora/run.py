@@ -239,7 +239,7 @@ LAST_WORDS_S = 3.0
 
 @contextmanager
 def _stop_signals_handed_on() -> Iterator[None]:
-    """While spawned processes train, stopping is theirs: they are told by SIGTERM, which they take as they take a terminal's Ctrl-C before.
+    """While spawned processes train, stopping is theirs: they are told by SIGTERM, and a terminal sends Ctrl-C to them too.
 
     This process waits until they have saved; a second Ctrl-C ends the waiting.
     """
