@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class TestCounter:
     def __init__(self, class_to_task: Tensor):
         """`class_to_task`: (num_classes,) long, the task of every class; its device is where the counting happens."""
         self.class_to_task = class_to_task
-        self.counts = class_to_task.new_zeros(4, int(class_to_task.max()) + 1, dtype=torch.int32)  # mps adds no longs in some versions
+        self.counts = class_to_task.new_zeros(4, int(class_to_task.max()) + 1).int()  # mps adds no longs in some versions
         self.num_nan = class_to_task.new_zeros(())
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
