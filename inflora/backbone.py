@@ -383,6 +383,9 @@ def tensors_sha256(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+_CACHED_BY_A_CORE = 5 * 2**17  # numbers between two blocks; those inside a block are up to four times as many
+
+
 def batch_without_training(model: Any, device: torch.device) -> int:
     """How many images a process should pass through a vision transformer at once where nothing is kept for a backward pass.
 
@@ -393,9 +396,6 @@ def batch_without_training(model: Any, device: torch.device) -> int:
         return 256
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     return min(256, max(1, torch.get_num_threads() * _CACHED_BY_A_CORE // (tokens * model.embed_dim)))
-
-
-_CACHED_BY_A_CORE = 5 * 2**17  # numbers between two blocks; those inside a block are up to four times as many
 
 
 def write_out_attention(model: nn.Module) -> None:

@@ -165,7 +165,7 @@ def test_cosines_by_hand():
                 assert found[k, b, m].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("choose", [lambda q, k: cosines(q, k), lambda q, k: component_weights(q, k, k), lambda q, k: contrastive(q, k[0])])
+@pytest.mark.parametrize("choose", [cosines, lambda q, k: component_weights(q, k, k), lambda q, k: contrastive(q, k[0])])
 def test_what_is_compared_is_compared_in_full_precision(choose):
     """Under autocast too: cosines of half precision tie, and ties go to the first."""
     query, keys = noise(4, 5), noise(2, 3, 5, seed=1)

@@ -11,20 +11,14 @@ import yaml
 from helpers import ROOT, compose_config
 from omegaconf import DictConfig, OmegaConf
 
+from inflora.config import leaves
+
 Settings = dict[str, Any]
 CONF = ROOT / "conf"
 
 
-def flat(tree: Settings, prefix: str = "") -> Settings:
-    """Nested settings with dotted keys."""
-    found: Settings = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
 def under(group: str, **settings: Any) -> Settings:
-    return flat({group: settings})
+    return {f"{group}.{key}": value for key, value in leaves(settings).items()}
 
 
 def own(**settings: Any) -> Settings:
@@ -285,7 +279,7 @@ def names(group: str) -> set[str]:
 def numbers(cfg: DictConfig, *others: str) -> Settings:
     """All that tells how a method learns, and the settings that `others` name."""
     tree = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in ("method", "optimizer", "scheduler", "alignment")}
-    learning = {key: value for key, value in flat(tree).items() if key != "method._target_" and not key.endswith("._partial_")}
+    learning = {key: value for key, value in leaves(tree).items() if key != "method._target_" and not key.endswith("._partial_")}
     return learning | {key: OmegaConf.select(cfg, key, throw_on_missing=True) for key in others}
 
 
@@ -295,7 +289,7 @@ def test_a_recipe_has_the_published_numbers(name):
     dataset = next(dataset for dataset in DATASETS if name.startswith(f"{dataset}_"))
     cfg = compose_config(f"dataset={dataset}", f"method={name.removeprefix(f'{dataset}_')}")
     assert numbers(cfg, *(key for key in row if key.startswith(("trainer.", "dataset.", "backbone.")))) == row
-    set_there = flat(yaml.safe_load((CONF / "recipe" / f"{name}.yaml").read_text(encoding="utf-8")))
+    set_there = leaves(yaml.safe_load((CONF / "recipe" / f"{name}.yaml").read_text(encoding="utf-8")))
     assert set_there.keys() <= row.keys(), "a recipe sets nothing that its row does not name"
 
 

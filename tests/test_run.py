@@ -668,47 +668,33 @@ def launched(by: str, rank: int, port: int) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, str(ROOT / "train.py")], slurm
 
 
+def on_two_machines(by: str, *halves: tuple[Path, list[str]]) -> list[tuple[str, str]]:
+    """Runs both halves, given the folder each is in and its arguments, to a good end; what each said on stdout and stderr."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = []
+    for rank, (cwd, arguments) in enumerate(halves):
+        command, environment = launched(by, rank, port)
+        options: Any = {"cwd": cwd, "env": os.environ | environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen([*command, *arguments], **options))
+        time.sleep(1.5)  # so that the times in the names of two default folders differ
+    said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said[0][1] + said[1][1]
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["torchrun", "srun"])
 def test_two_machines(by, tmp_path):
     """Played by two processes here. The folder is not named: they must agree on one."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     arguments = ["debug=default", "method=inflora", "trainer.device=cpu", "trainer.progress=false", "trainer.num_devices=2"]
-    running = []
-    for rank in range(2):
-        command, environment = launched(by, rank, port)
-        running.append(
-            subprocess.Popen(
-                [*command, *arguments],
-                cwd=tmp_path,
-                env=os.environ | environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        time.sleep(1.5)  # so that the times in the names of the two default folders differ
-    said = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said[0][1]
+    said = on_two_machines(by, (tmp_path, arguments), (tmp_path, arguments))
     (folder,) = tmp_path.glob("outputs/*/*/*/*")
-    summary = folder / "summary.json"
-    assert num_rows(summary.parent) == 5
+    assert num_rows(folder) == 5
     assert "task 4: accuracy" in said[0][1] and "task 4: accuracy" not in said[1][1] and "Report:" not in said[1][0]
 
-    # Again: it is finished, which only the first machine may know.
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        command, environment = launched(by, rank, port)
-        cwd = tmp_path / f"machine {rank}"
-        cwd.mkdir()
-        given = f"output_dir={folder if rank == 0 else cwd / 'not here'}"
-        options: Any = {"cwd": cwd, "env": os.environ | environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen([*command, *arguments, given], **options))
-    said = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said[0][1] + said[1][1]
+    (other := tmp_path / "other machine").mkdir()  # again: it is finished, which only the first may know
+    said = on_two_machines(by, (tmp_path, [*arguments, f"output_dir={folder}"]), (other, [*arguments, "output_dir=not_here"]))
     assert "This run is finished" in said[0][0] and "This run is finished" not in said[1][0]
 
 

@@ -227,7 +227,7 @@ def _store(flat: np.ndarray, sizes: np.ndarray) -> ImageStore:
 def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     """Write all images of a source to `file`; returns their (N, 2) heights and widths."""
     log.info("decoding %d images of %s, once", len(source.paths), source.location)
-    size = max(1, min(DECODE_CHUNK, DECODE_BYTES // max([1, *(_decoded_bytes(source, path) for path in source.paths[:1])])))
+    size = max(1, min(DECODE_CHUNK, DECODE_BYTES // _decoded_bytes(source, source.paths[0])))
     chunks = [source.paths[start : start + size] for start in range(0, len(source.paths), size)]
     num_threads = min(16, os.cpu_count() or 1)
     sizes: list[tuple[int, int]] = []
@@ -243,12 +243,12 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
 
 
 def _decoded_bytes(source: Source, path: str) -> int:
-    """Of one image, from its header; 0 where that cannot be read, which decoding will say."""
+    """Of one image, from its header; 1 where that cannot be read, which decoding will say."""
     try:
         with Image.open(io.BytesIO(source.read(path))) as image:
             return 3 * image.width * image.height
     except Exception:
-        return 0
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
