@@ -28,8 +28,9 @@ endif
 demo: .venv/run.stamp  ## set up, train InfLoRA on the embedded digits, print the table and write a report
 	$(PY) train.py
 
+# Each test computes with one thread, so every core gets a process.
 test: .venv/dev.stamp  ## set up, run the tests (minutes, CPU)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command line; real images if INFLORA_TEST_DATA is set
 	$(PY) -m pytest -m "slow or data"

@@ -29,7 +29,7 @@ from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
 from inflora.method import Method
-from inflora.parts.collective import failing_together
+from inflora.parts.collective import failing_together, gather_objects
 from inflora.progress import ConsoleHandler
 from inflora.results import Records, read_summary, reset_peak_memory, summary
 from inflora.seeding import seed_everything
@@ -160,7 +160,11 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
     if here > 1 and not torch.cuda.is_available() and torch.backends.mps.is_available() and device in ("auto", "mps"):
         raise ValueError(f"trainer.num_devices={processes}, but mps is one device; set trainer.num_devices=1, or trainer.device=cpu")
     if torch.cuda.is_available() and device in ("auto", "cuda") and here > torch.cuda.device_count():
-        raise ValueError(f"{here} processes on this machine exceed its {torch.cuda.device_count()} CUDA devices; lower trainer.num_devices")
+        see_all = ", or let every task see all (srun --gpus-per-node, not --gpus-per-task)" if started and started.by == "srun" else ""
+        raise ValueError(
+            f"{here} processes on this machine exceed the {torch.cuda.device_count()} CUDA devices that each sees; "
+            f"lower trainer.num_devices{see_all}"
+        )
     if trainer["precision"] == "16" and is_cpu(device):
         raise ValueError("trainer.precision=16 needs a GPU; on a CPU choose bf16 or 32")
     return Fabric(
@@ -310,6 +314,7 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         schedule = _instantiate("scheduler", plain["scheduler"])
         parts = build(fabric, plain)
         run_folder.check_begun(folder, parts.sequence, parts.backbone)
+    _check_alike(plain, parts)
     with failing_together():
         if fabric.is_global_zero:  # when all have come this far
             trackers = Trackers([JsonlTracker(folder=folder), _instantiate("tracker", plain["tracker"], folder=folder)])
@@ -345,6 +350,20 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
     finally:
         trackers.close(failed=failed)
     return found
+
+
+def _check_alike(plain: dict[str, Any], parts: Parts) -> None:
+    """Each machine has composed the configuration and read weights and images by itself: all processes must have found the same.
+
+    Raises:
+        ValueError: if they have not, in every process.
+    """
+    found = gather_objects(plain | {"weights": parts.backbone.weights["tensors_sha256"], "images": parts.sequence.image_hashes})
+    ignore = configuration.RESULT_FREE | {"backbone.checkpoint"}  # what the file holds is compared
+    different = sorted({key for other in found for key in run_folder.config_differences(found[0], other, ignore)})
+    if different:
+        names = ", ".join(different)
+        raise ValueError(f"the processes of this run differ in {names}; all machines need the same command, weights and images")
 
 
 def _instantiate(group: str, config: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:

@@ -10,6 +10,14 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for subprocesses: tiny tensors are slower on several threads
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on what ran before it in the same process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report at the end of a run: drawing it takes longer than a toy run. test_run.py has runs with it."""

@@ -498,7 +498,7 @@ def save_forever(path: str, acknowledge) -> None:
 
 def test_sigkill_while_saving_loses_at_most_the_save_in_progress(tmp_path: Path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["inflora.checkpoint"])
+    context.set_forkserver_preload(["inflora.run", "pytest", "hypothesis.strategies"])  # what this file imports takes seconds
     delays = random.Random(0)
     folder = CheckpointFolder(tmp_path)
     last = 0

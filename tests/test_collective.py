@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from inflora.checkpoint import CheckpointError
 from inflora.parts import collective
-from inflora.parts.collective import failing_together, gather_over_processes, num_processes, sum_over_processes
+from inflora.parts.collective import failing_together, gather_objects, gather_over_processes, num_processes, sum_over_processes
 
 
 def test_one_process_alone():
@@ -16,6 +16,7 @@ def test_one_process_alone():
     tensor = torch.tensor([1.0, 2.0])
     assert sum_over_processes(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
     assert gather_over_processes(tensor) is tensor
+    assert gather_objects("anything") == ["anything"]
     with failing_together():
         done = True
     assert done

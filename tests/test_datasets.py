@@ -443,10 +443,18 @@ def test_stratified_split(tmp_path: Path) -> None:
     assert imagenet_r(root, split="stratified:42").test.paths == splits.test.paths != imagenet_r(root, split="stratified:1").test.paths
 
 
+def test_stratified_splits_never_change() -> None:
+    labels = torch.tensor([*5 * [0], *6 * [1]] * 2)
+    assert [rows.tolist() for rows in datasets._stratified(labels, 1)][1] == [11, 14, 16, 17, 19]
+    assert [rows.tolist() for rows in datasets._stratified_by_class(labels, ["ant", "bee"], 1)][1] == [2, 14, 16, 19]
+
+
 def test_stratified_split_needs_two_images_of_a_class(tmp_path: Path) -> None:
     write(write_renditions(tmp_path / "data"), ["imagenet-r/n09999999/only.jpg"])
     with pytest.raises(ValueError, match=r"dataset.split=stratified:3 needs two images of every class; 1 classes have only one"):
         imagenet_r(tmp_path / "data", split="stratified:3")
+    with pytest.raises(ValueError, match=r"dataset.split=stratified:0 needs two images of every class; 1 classes have only one"):
+        imagefolder(write(tmp_path / "own", ["ant/1.png", "ant/2.png", "bee/1.png"]), split="stratified:0")
 
 
 def coda_lists(root: Path, prefix: str = "/somewhere/else/imagenet-r/") -> tuple[list[str], list[str]]:

@@ -397,7 +397,7 @@ def test_what_predict_cannot_do(exported: Path, images: Path, tmp_path: Path, ca
         assert error_of(capsys).startswith(sentence)
 
 
-def test_somebody_elses_backbone(tmp_path: Path):
+def test_somebody_elses_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Its module is imported again, in processes that know nothing of it."""
     (tmp_path / "elsewhere.py").write_text((ROOT / "examples" / "my_method" / "my_method" / "backbone.py").read_text())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
@@ -420,14 +420,14 @@ def test_somebody_elses_backbone(tmp_path: Path):
     said = python("-m", "inflora.export", "run", "--out", "out")
     assert "In timm after `import elsewhere`: timm.create_model" in said
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
-    refused = subprocess.run(
-        [sys.executable, "-m", "inflora.predict", "out", "black.png"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert refused.returncode == 1 and refused.stderr.endswith("where that code is to be trusted, add --import elsewhere\n")
+    assert predict.main([str(tmp_path / "out"), str(tmp_path / "black.png")]) == 1
+    assert capsys.readouterr().err.endswith("where that code is to be trusted, add --import elsewhere\n")
     assert python("-m", "inflora.predict", "out", "black.png", "--import", "elsewhere").startswith("black.png\t")
 
 
-def test_the_commands_say_how_they_are_used():
-    for module in ("export", "predict"):
-        done = subprocess.run([sys.executable, "-m", f"inflora.{module}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert f"python -m inflora.{module}" in done.stdout
+def test_the_commands_say_how_they_are_used(capsys: pytest.CaptureFixture[str]):
+    for command in (evaluate, export, predict):
+        with pytest.raises(SystemExit) as left:
+            command.main(["--help"])
+        assert not left.value.code
+        assert f"python -m {command.__name__}" in capsys.readouterr().out

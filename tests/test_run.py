@@ -25,6 +25,7 @@ import toy
 import yaml
 from helpers import METHODS, ROOT, files_of, num_rows, read_events, results, run_toy, toy_config, train_py
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 from torch.multiprocessing import ProcessExitedException
@@ -36,7 +37,7 @@ from inflora.data.datasets import hash_paths, same_everywhere
 from inflora.evaluate import evaluate_run
 from inflora.export import export_run
 from inflora.methods.linear_probe import LinearProbe
-from inflora.run import Origin, _process, _spawned, _stop_signals_handed_on, run, started_by_launcher
+from inflora.run import Origin, _process, _spawned, _stop_signals_handed_on, make_fabric, run, started_by_launcher
 from inflora.trackers import read_matrix
 from inflora.trainer import Interrupted, Trainer
 
@@ -655,6 +656,27 @@ def test_two_processes_stop_together_and_one_continues(tmp_path):
     assert num_rows(tmp_path / "run") == 2
 
 
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"dataset": {"root": "elsewhere"}, "backbone": {"checkpoint": "elsewhere"}, "trainer": {"num_workers": 9}}, None),
+        ({"seed": 1}, "seed"),
+        ({"seed": 1, "trainer": {"epochs": 3}}, "seed, trainer.epochs"),
+        ({"weights": "others"}, "weights"),
+        ({"images": ["others", "others", "others"]}, "images"),
+    ],
+)
+def test_processes_that_found_something_else_do_not_begin(change, named, tmp_path, monkeypatch):
+    """`change` is what another process has beside what this one has."""
+    monkeypatch.setattr("inflora.run.gather_objects", lambda own: [own, OmegaConf.to_container(OmegaConf.merge(own, change))])
+    if named is None:
+        run_toy(tmp_path / "run")
+        return
+    with pytest.raises(ValueError, match=f"the processes of this run differ in {named}; all machines need the same command, weights"):
+        run_toy(tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def launched(by: str, rank: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the second half of a run on two machines of one process each, as a launcher starts it."""
     if by == "torchrun":
@@ -668,8 +690,8 @@ def launched(by: str, rank: int, port: int) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, str(ROOT / "train.py")], slurm
 
 
-def on_two_machines(by: str, *halves: tuple[Path, list[str]]) -> list[tuple[str, str]]:
-    """Runs both halves, given the folder each is in and its arguments, to a good end; what each said on stdout and stderr."""
+def on_two_machines(by: str, *halves: tuple[Path, list[str]], code: int = 0) -> list[tuple[str, str]]:
+    """Runs both halves, given the folder each is in and its arguments, to the end; what each said on stdout and stderr."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running = []
@@ -679,7 +701,7 @@ def on_two_machines(by: str, *halves: tuple[Path, list[str]]) -> list[tuple[str,
         running.append(subprocess.Popen([*command, *arguments], **options))
         time.sleep(1.5)  # so that the times in the names of two default folders differ
     said = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], said[0][1] + said[1][1]
+    assert [process.returncode for process in running] == [code, code], said[0][1] + said[1][1]
     return said
 
 
@@ -696,6 +718,9 @@ def test_two_machines(by, tmp_path):
     (other := tmp_path / "other machine").mkdir()  # again: it is finished, which only the first may know
     said = on_two_machines(by, (tmp_path, [*arguments, f"output_dir={folder}"]), (other, [*arguments, "output_dir=not_here"]))
     assert "This run is finished" in said[0][0] and "This run is finished" not in said[1][0]
+
+    said = on_two_machines(by, (tmp_path, [*arguments, "output_dir=new"]), (other, [*arguments, "output_dir=new", "seed=1"]), code=1)
+    assert "error: the processes of this run differ in seed" in said[0][1]
 
 
 @pytest.mark.slow
@@ -776,6 +801,17 @@ def test_torchrun_and_the_configuration_must_agree_on_the_processes(tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_meet_where_their_launcher_says(monkeypatch):
+    """And where there is none, Fabric must not ask the Slurm job that the run is in."""
+    trainer = {"num_devices": 2, "device": "cpu", "precision": "32"}
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    assert type(make_fabric(trainer).strategy.cluster_environment) is LightningEnvironment
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert type(make_fabric(trainer).strategy.cluster_environment) is TorchElasticEnvironment
+
+
 def test_tasks_of_slurm(tmp_path, monkeypatch):
     """A batch script of many tasks is one process; the steps of srun are many, and have to say how they are spread."""
     monkeypatch.setenv("SLURM_NTASKS", "4")
@@ -790,6 +826,10 @@ def test_tasks_of_slurm(tmp_path, monkeypatch):
     assert started_by_launcher(4) == ("srun", 4, 2, 3)
     with pytest.raises(ValueError, match=r"trainer.num_devices=2, but srun started 4 processes; set trainer.num_devices=4"):
         run_toy(tmp_path / "run", "trainer.num_devices=2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"2 processes .* exceed the 1 CUDA devices .*srun --gpus-per-node, not --gpus-per-task"):
+        run_toy(tmp_path / "run", "trainer.num_devices=4", "trainer.device=cuda")
     assert not (tmp_path / "run").exists()
 
 

@@ -3,6 +3,7 @@
 import gc
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from inflora.data import tasks
 from inflora.data.cache import FixedImages, ImageStore, VariableImages
-from inflora.data.datasets import ImageSet, Splits, hash_paths
+from inflora.data.datasets import ImageSet, Splits, digits, hash_paths
 from inflora.data.tasks import Batches, Loading, TaskSequence, _select_rows, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
 
@@ -237,6 +238,20 @@ def test_subset_of_a_class_survives_new_classes() -> None:
 
     assert len(kept("bc")) == 6
     assert kept("bc") == kept("abc")
+
+
+@pytest.mark.parametrize(
+    "options, train, test",
+    [
+        ({}, "0d9f1d9feffaaf13", "c4471dced85157cb"),
+        ({"max_train_per_class": 20, "max_test_per_class": 5}, "e17f303558dbbdac", "e75fb79b41abe795"),
+        ({"validation_fraction": 0.1}, "7cc2c2e6c4229a0c", "d015d379a5087530"),
+    ],
+)
+def test_the_images_of_a_configuration_never_change(options, train, test) -> None:
+    """Numbers of today are compared with those of other versions of this code: the hashes are written down."""
+    found = sequence(digits(Path("unused")), **options)
+    assert (found.train_hash[:16], found.test_hash[:16]) == (train, test)
 
 
 def test_hash_is_of_the_sorted_test_paths() -> None:

@@ -392,6 +392,76 @@ def test_a_process_without_images_takes_part_in_every_step(monkeypatch):
     assert [loss is not None and loss.item() > 0 for loss in loop._losses(method, x, y, global_size=1)] == [True, True]
 
 
+def test_several_processes_stop_where_their_gradients_agreed_to(monkeypatch):
+    """The votes of a step are known after the next one: until then they are on their way."""
+    loop = object.__new__(trainer.Trainer)
+    loop.fabric, loop.grad_clip = SimpleNamespace(world_size=2), None  # type: ignore[assignment]
+    loop._stop_vote, loop._stop_requested = trainer.Arriving(torch.tensor(False)), False
+    votes = iter([False, True, False])
+    monkeypatch.setattr(trainer, "sum_gradients", lambda parameters, flag: torch.tensor(next(votes)))
+    monkeypatch.setattr(loop, "_backward_passes", lambda *_: iter([torch.zeros(())]))
+    weight = nn.Parameter(torch.zeros(1))
+    method, meter = SimpleNamespace(after_step=lambda: None), SimpleNamespace(add=lambda loss, share: None)
+    arguments: Any = (method, torch.optim.SGD([weight], lr=1), torch.zeros(1), torch.zeros(1), 2, meter)
+    assert [loop._step(*arguments) for _ in range(3)] == [False, False, True]
+
+
+def test_after_a_task_processes_stop_for_the_one_that_was_asked_to(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "sum_over_processes", lambda tensor: tensor + 1 if tensor.ndim == 0 else tensor)
+        with pytest.raises(Interrupted):
+            run_toy(tmp_path, *PROBE)
+    assert [event["task"] for event in read_events(tmp_path, "task")] == [0]
+    run_toy(tmp_path, *PROBE)
+    assert [event["task"] for event in read_events(tmp_path, "task")] == [0, 1]
+
+
+def test_scores_that_are_no_numbers_in_another_process_end_all(monkeypatch):
+    tasks = toy.sequence(1)
+    method = LinearProbe(toy.toy_vit())
+    method.begin_task(tasks[0])
+    monkeypatch.setattr(trainer, "sum_over_processes", lambda tensor: tensor.add_(1) if tensor.ndim == 0 else tensor)
+    with pytest.raises(trainer.TrainingError, match="scores of test images are nan"):
+        evaluate(method, tasks.tasks, tasks.class_to_task, Fabric(accelerator="cpu", plugins=[LightningEnvironment()]))
+
+
+def test_whatever_writes_fails_in_all_processes(tmp_path, monkeypatch):
+    """A disk that is full for one process must not leave the others waiting."""
+    inside, wrote = [False], []
+
+    @contextlib.contextmanager
+    def together() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            wrote.append(name)
+            assert inside[0], f"{name} outside failing_together"
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(trainer, "failing_together", together)
+    watch(trainer, "write_matrix")
+    watch(checkpoint.CheckpointFolder, "save")
+    watch(trainer.Trainer, "_restore")
+    log = trackers.Trackers.log
+    told = []
+
+    def tell(self: trackers.Trackers, name: str, *arguments: Any) -> None:
+        told.append(name)
+        assert inside[0] or name == "summary", f"{name} outside failing_together"  # the last word, when nobody waits any more
+        log(self, name, *arguments)
+
+    monkeypatch.setattr(trackers.Trackers, "log", tell)
+    run_toy(tmp_path, *PROBE)
+    assert set(wrote) == {"write_matrix", "save", "_restore"} and set(told) == {"run", "epoch", "task", "summary"}
+
+
 def test_a_meter_adds_up_what_all_processes_found(monkeypatch):
     method = Method(toy.toy_vit())
     stopped = {"epoch": 0, "step": 1, "losses": torch.tensor([4.0]), "hits": 3, "answers": 8}  # of all processes, so it counts once

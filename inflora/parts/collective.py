@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Anything = TypeVar("Anything")
 
 
 def num_processes() -> int:
@@ -24,13 +27,21 @@ def gather_over_processes(tensor: Tensor) -> Tensor:
     """The rows (dim 0) of all processes' tensors, one process after the other; their numbers of rows may differ."""
     if num_processes() == 1:
         return tensor
-    counts = [0] * num_processes()
-    dist.all_gather_object(counts, len(tensor))
+    counts = gather_objects(len(tensor))
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Anything) -> list[Anything]:
+    """What every process brings, one process after the other; it is pickled."""
+    if num_processes() == 1:
+        return [value]
+    found: list[Anything | None] = [None] * num_processes()
+    dist.all_gather_object(found, value)
+    return cast(list[Anything], found)
 
 
 @contextmanager
@@ -44,9 +55,7 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as own:
         error = own
-    if num_processes() > 1:
-        errors: list[Exception | None] = [None] * num_processes()
-        dist.all_gather_object(errors, error)
-        error = error or next((other for other in errors if other is not None), None)
+    errors = gather_objects(error)  # also where this process has one of its own: the others ask
+    error = error or next((other for other in errors if other is not None), None)
     if error is not None:
         raise error
