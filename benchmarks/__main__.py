@@ -17,7 +17,7 @@ from rich.progress import Progress
 from benchmarks.pairs import BACKBONES, WIDTHS, Bench, Sizes
 from benchmarks.timing import Disagreement, Row
 from inflora.results import device_name, git_revision, package_versions, peak_memory_bytes
-from inflora.run import full_float32
+from inflora.run import sound_kernels
 
 _FULL = {"tasks": 5, "epochs": 5, "turns": 5, "run_turns": 1, "learned": (1, 10, 50, 100), "ranks": (1, 10, 50), "widths": (192, 384, 768)}
 SIZES = {
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (out / "bench.json").write_text(json.dumps(head | result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (out / "bench.md").write_text(markdown(head | result), encoding="utf-8")
 
-    with full_float32():
+    with sound_kernels():
         result = measure(sizes, options, keep)
     print(f"{markdown(head | result)}\nWritten to {out}")
     if result["disagreements"]:

@@ -132,6 +132,7 @@ class Bench:
             batch_size=sizes.batch_size,
             device=self.fabric.device,
         )
+        self._learned: dict[int, Twins] = {}
         self.moments = [self._moments(self._method(), task) for task in self.sequence]
 
     # ---- the rows ----
@@ -363,6 +364,15 @@ class Bench:
 
     def _twins(self, learned: int, *, is_training: bool = False) -> Twins:
         """Both sides after so many tasks, or (`is_training`) at the first step of the next one."""
+        if learned not in self._learned:  # a hundred tasks take long where layers are wide, and several rows ask for them
+            self._learned = {learned: self._learn(learned)}
+        method, plain = copy.deepcopy(self._learned[learned])
+        if is_training:
+            pairs = zip(self._moments_of(learned), method.memory.values(), strict=True)
+            self._begin(method, plain, [design_branch(C, memory, self.rank) for C, memory in pairs])
+        return method, plain
+
+    def _learn(self, learned: int) -> Twins:
         method, plain = self._method(), self._plain(max(learned + 1, len(self.sequence)))
         random = torch.Generator().manual_seed(SEED)
         for task in range(learned):
@@ -377,9 +387,6 @@ class Bench:
             lora.merge(method.backbone)
             lora.remove(method.backbone)
         plain.memories = [(memory.kind, memory.basis.float()) if learned else None for memory in method.memory.values()]
-        if is_training:
-            pairs = zip(self._moments_of(learned), method.memory.values(), strict=True)
-            self._begin(method, plain, [design_branch(C, memory, self.rank) for C, memory in pairs])
         return method, plain
 
     def _begin(self, method: InfLoRA, plain: reference.PlainInfLoRA, designs: list[Tensor]) -> None:

@@ -257,9 +257,13 @@ def _mark(tensor: Tensor, bit_sum: int) -> Mark:
     return tensor.dtype, tensor.shape, bit_sum
 
 
+_SCRAMBLED_AT_ONCE = 2**22
+
+
 def _bit_sum(tensor: Tensor) -> Tensor:
     """A hash of the bits, an int64 scalar on the tensor's device: another one for sure where one element differs."""
-    return scrambled(_integers(tensor).long()).sum()
+    parts = _integers(tensor).split(_SCRAMBLED_AT_ONCE)  # each word takes some forty bytes on the way
+    return torch.stack([scrambled(part.long(), at * _SCRAMBLED_AT_ONCE).sum() for at, part in enumerate(parts)]).sum()
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -8,8 +8,8 @@ READS_PINNED_MEMORY = {"cuda"}
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor in pinned host memory, if `device` copies from there by itself."""
-    return tensor.pin_memory() if _is_to_be_read(tensor, device) else tensor
+    """The tensor in pinned host memory, if `device` copies from there by itself: without gaps, which it cannot copy."""
+    return tensor.contiguous().pin_memory() if _is_to_be_read(tensor, device) else tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora import config as configuration
-from inflora.run import USER_ERRORS, build, full_float32, has_device, is_cpu, load_images, make_fabric
+from inflora.run import USER_ERRORS, build, has_device, is_cpu, load_images, make_fabric, sound_kernels
 from inflora.run_folder import finished_run, last_run_event, load_trained
 from inflora.terminal import tolerate_any_encoding
 from inflora.trackers import read_matrix
@@ -27,7 +27,7 @@ TOLERANCE = {"32": 0.0005, "bf16": 0.005, "16": 0.005}
 in the scores. One image of a task is always allowed."""
 
 
-@full_float32()
+@sound_kernels()
 def evaluate_run(folder: Path, changes: dict[str, Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Test the final model of a finished run.
 

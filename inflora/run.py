@@ -103,7 +103,7 @@ def run(cfg: DictConfig, origin: Origin | None = None) -> dict[str, Any]:
     if started_by_launcher(plain["trainer"]["num_devices"]) is None and (finished := _finished(folder, plain)) is not None:
         _show_finished(folder, finished)
         return finished
-    with full_float32():
+    with sound_kernels():
         return _launch(make_fabric(plain["trainer"]), plain, origin)
 
 
@@ -130,20 +130,23 @@ def _show_finished(folder: Path, finished: dict[str, Any]) -> None:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Inside, precision 32 has all its bits: cuDNN by itself computes the patch embedding with ten.
+def sound_kernels() -> Iterator[None]:
+    """Inside, cuDNN spoils no numbers. By itself it computes the patch embedding with ten bits where precision is 32, and in half precision
+    the gradients of its attention may be NaN (pytorch/pytorch#196678, NVIDIA/cudnn-frontend#1072); torch has other fused kernels for that.
 
-    Fabric recommends at every start to have no more in any product, which is not printed.
+    Fabric recommends at every start to have no more bits in any product, which is not printed.
     """
-    fabric_log = logging.getLogger("lightning_fabric")
-    level, allowed = fabric_log.level, torch.backends.cudnn.allow_tf32
+    fabric_log, cudnn, attention = logging.getLogger("lightning_fabric"), torch.backends.cudnn, torch.backends.cuda
+    before = fabric_log.level, cudnn.allow_tf32, attention.cudnn_sdp_enabled()
     fabric_log.setLevel(logging.WARNING)
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn.allow_tf32 = False
+    attention.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+        level, cudnn.allow_tf32, is_enabled = before
         fabric_log.setLevel(level)
+        attention.enable_cudnn_sdp(is_enabled)
 
 
 def make_fabric(trainer: dict[str, Any]) -> Fabric:
@@ -265,7 +268,7 @@ def _stop_signals_handed_on() -> Iterator[None]:
         raise
 
 
-@full_float32()  # again for a spawned process, which knows nothing of its parent's settings
+@sound_kernels()  # again for a spawned process, which knows nothing of its parent's settings
 def _process(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> Any:
     """What each process of a run does. With several, a user's error is returned: a spawned process could only raise its traceback."""
     try:

@@ -77,6 +77,6 @@ def uniform(key: int | Tensor, sample_ids: Tensor, count: int) -> Tensor:
     return _shift_right(x, 40).float() * 2**-24
 
 
-def scrambled(words: Tensor) -> Tensor:
-    """(n,) int64 -> (n,) int64: noise that depends, one to one, on each word, and on its position."""
-    return _scramble(words + torch.arange(len(words), device=words.device) * _GOLDEN)
+def scrambled(words: Tensor, start: int = 0) -> Tensor:
+    """(n,) int64 -> (n,) int64: noise that depends, one to one, on each word, and on its position, counted from `start`."""
+    return _scramble(words + torch.arange(start, start + len(words), device=words.device) * _GOLDEN)

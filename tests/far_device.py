@@ -117,7 +117,8 @@ class _Mode(TorchDispatchMode):
             return hasattr(arguments[0], "is_pinned_here")
         if operation in (aten._pin_memory.default, aten.pin_memory.default):
             copy = arguments[0].clone()
-            copy.is_pinned_here = True
+            if arguments[0].is_contiguous():  # CUDA copies what has gaps by way of ordinary memory
+                copy.is_pinned_here = True
             return copy
         tensors = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, Tensor)]
         is_far = any(isinstance(tensor, FarTensor) for tensor in tensors)

@@ -103,11 +103,26 @@ def test_reference_stores_every_branch_and_the_package_only_heads_and_bases(tmp_
 
 
 def test_a_branch_that_is_not_merged_is_noticed(monkeypatch):
-    bench = small_bench()
-    bench.step_row()
+    small_bench().step_row()
     monkeypatch.setattr(lora, "merge", lambda model: None)
     with pytest.raises(Disagreement, match="training step: relative difference of a loss"):
-        bench.step_row()
+        small_bench().step_row()
+
+
+def test_what_a_row_does_reaches_no_other_row():
+    bench = small_bench()
+
+    def state() -> list[torch.Tensor]:
+        method, plain = bench._twins(1)
+        return [
+            *method.state_dict()["tensors"].values(),
+            *plain.vit.state_dict().values(),
+            *(x for a in plain.attentions for x in a.lora_B_k),
+        ]
+
+    before = [tensor.clone() for tensor in state()]
+    bench.step_row(1)
+    assert all(map(torch.equal, before, state()))
 
 
 def test_a_memory_that_protects_too_much_is_noticed(monkeypatch):

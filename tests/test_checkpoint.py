@@ -205,8 +205,10 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("at_once", [4, 2**22])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_stays_on_a_device_is_compared_there(change, tmp_path: Path):
+def test_what_stays_on_a_device_is_compared_there(change, at_once, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_SCRAMBLED_AT_ONCE", at_once)
     here = {"weight": torch.arange(12.0).view(3, 4), "half": torch.full((5,), torch.nan, dtype=torch.half), "number": torch.tensor(3)}
     folder = CheckpointFolder(tmp_path)
     with far_device() as notes:

@@ -1,5 +1,7 @@
 """Whole runs on a CUDA device: the results of a CPU, and no step that waits for the device."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,21 @@ from helpers import METHODS, assert_trained_alike, read_events, run_toy
 
 from inflora.trainer import Trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_report")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("no_report"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Inside, whatever waits for the device is an error."""
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,11 +48,8 @@ def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
     honest = Trainer._step
 
     def watched(*arguments: Any) -> bool:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             return honest(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "_step", watched)
     run_toy(tmp_path, f"method={method}", "trainer.device=cuda")
@@ -44,13 +57,9 @@ def test_no_step_waits_for_the_device(method, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("view", ["train", "test"])
 def test_no_batch_waits_for_the_device(view):
-    task = toy.sequence(device=torch.device("cuda"))[0]
+    task = toy.sequence(batch_size=4, eval_batch_size=4, device=torch.device("cuda"))[0]
     passes = [iter(task.batches(view, stream="fit")) for _ in range(2)]
     for batches in passes:
         next(batches)  # the first batch of a pass brings its labels, and the first of all the images
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in passes[1]:
-            pass
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with nothing_waits():
+        assert len(list(passes[1])) == 2

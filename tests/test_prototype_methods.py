@@ -342,6 +342,19 @@ def test_ranpac_chooses_lambda_on_held_out_images_of_the_current_task():
     assert method.diagnostics() == {"ridge": method.ridge.strength}
 
 
+def test_an_image_that_is_all_of_its_class_chooses_no_lambda():
+    """Held out, it would ask for the largest: its class is unknown to the fit."""
+    method: Any = build(["method=ranpac", "method.variant=none"])
+    learn(method, [toy.sequence(train=20)[0]])
+    chosen = method.ridge.strength
+    learn(method, [toy.sequence(train=1)[1]])
+    assert method.ridge.strength == chosen, "nothing to choose by"
+    other: Any = build(["method=ranpac", "method.variant=none"])
+    other.load_state_dict(method.state_dict())
+    assert other.ridge.strength == chosen
+    assert RIDGES[0] < chosen < RIDGES[-1]
+
+
 def test_ridge_without_projection_or_strength_is_least_squares():
     draw = torch.Generator().manual_seed(0)
     h, targets = torch.randn(40, 8, generator=draw, dtype=torch.float64), torch.randn(40, 3, generator=draw, dtype=torch.float64)

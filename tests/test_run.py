@@ -572,18 +572,22 @@ def test_a_run_leaves_nothing_behind(method, tmp_path):
     assert process_state() == before
 
 
-def test_precision_32_has_all_its_bits(tmp_path, monkeypatch):
+def test_kernels_that_spoil_numbers_are_not_used(tmp_path, monkeypatch):
     """In training, in a test of a finished run, and in a spawned process, which begins with torch's own settings."""
     honest, seen = torch.nn.Conv2d.forward, []
-    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *args: seen.append(torch.backends.cudnn.allow_tf32) or honest(*args))
+
+    def allowed(*_: Any) -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *args: seen.append(allowed()) or honest(*args))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for work in (lambda: run_toy(tmp_path), lambda: evaluate_run(tmp_path)):
         seen.clear()
         work()
-        assert set(seen) == {False} and torch.backends.cudnn.allow_tf32
-    monkeypatch.setattr("inflora.run._train", lambda *_: torch.backends.cudnn.allow_tf32)
+        assert set(seen) == {(False, False)} and allowed() == (True, True)
+    monkeypatch.setattr("inflora.run._train", allowed)
     fabric: Any = SimpleNamespace(broadcast=lambda own: own, is_global_zero=False, world_size=1)
-    assert _process(fabric, {"output_dir": str(tmp_path)}, Origin({})) is False
+    assert _process(fabric, {"output_dir": str(tmp_path)}, Origin({})) == (False, False)
 
 
 DIVERGING = ["method=linear_probe", "method._target_=toy.Diverging"]

@@ -33,7 +33,8 @@ class FeCAM(Method):
             negative. Here it is taken of every feature, its sign kept; the published ResNet trainer takes it of the class means, and
             covariances of transformed features before they are normalised.
 
-    A matrix that is not positive definite even so gets a ridge instead of the pseudo-inverse; a class of one image has the unit matrix.
+    A matrix that is not positive definite even so gets a ridge instead of the pseudo-inverse; a class of one image has the unit matrix,
+    which without `normalize` makes it the nearest to every image: such classes need two.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -21,6 +21,7 @@ class RanPAC(FirstTaskMethod):
     With h = relu(feature @ R), R fixed and standard normal, every task adds to the sums G of h h^T and Q of h y^T (y one-hot), and
     W = (G + lambda I)^-1 Q is solved anew: a ridge regression on all images ever seen. A score is h W, without normalisation or bias.
     lambda is the one of 10^-8 ... 10^8 that, fitted on 80 percent of the current task's images, has the least squared error on the others.
+    A class's only image is always among the fitted ones (theirs: by chance); where no image is left to choose by, lambda stays.
 
     Official code: github.com/RanPAC/RanPAC. Loss: cross-entropy over the classes of the first task, then squared error. LAMDA-PILOT scores
     with cosines instead, which is not the ridge solution. Departures: sums, storage and solves in float64 (theirs: float32), and a lambda
@@ -74,6 +75,9 @@ class RanPAC(FirstTaskMethod):
         super().end_task(task)
         is_held_out = torch.zeros(task.num_train, dtype=torch.bool)
         is_held_out[torch.randperm(task.num_train)[int(0.8 * task.num_train) :]] = True  # the same in every process
+        # No image that stands alone for its class: what the fit has never seen is best predicted as zero, so the largest lambda would win.
+        is_fitted = task.train_labels[~is_held_out].bincount(minlength=task.num_old_classes + task.num_classes) > 0
+        is_held_out &= is_fitted[task.train_labels]
         batches = task.batches("test", stream="ridge")
         kept, others = RidgeSums(self.ridge.width, task.num_classes, self.device), []
         for step, (x, y) in enumerate(batches):
@@ -83,7 +87,8 @@ class RanPAC(FirstTaskMethod):
                 kept.add(h[~held_out], targets[~held_out])
                 others.append((h[held_out], targets[held_out]))
         kept.sum_over_processes()
-        self.ridge.choose(kept, others)
+        if is_held_out.any():
+            self.ridge.choose(kept, others)
         rest = RidgeSums(self.ridge.width, task.num_classes, self.device)
         for h, targets in others:
             rest.add(h, targets)
@@ -94,11 +99,13 @@ class RanPAC(FirstTaskMethod):
         return self.ridge(self.projected(x))
 
     def extra_state(self) -> dict[str, Any]:
-        return {**super().extra_state(), "memory": {"gram": self.ridge.gram, "correlations": self.ridge.correlations}}
+        memory = {"gram": self.ridge.gram, "correlations": self.ridge.correlations, "strength": self.ridge.strength}
+        return {**super().extra_state(), "memory": memory}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
-        self.ridge.gram, self.ridge.correlations = state["memory"]["gram"], state["memory"]["correlations"]
+        memory = state["memory"]
+        self.ridge.gram, self.ridge.correlations, self.ridge.strength = memory["gram"], memory["correlations"], memory["strength"]
 
     def diagnostics(self) -> dict[str, Any]:
         """The lambda of the latest solution."""
@@ -132,7 +139,7 @@ class Ridge(GrowingBuffers):
             float32 its rounding exceeds a small lambda.
         correlations: Q, (width, classes), likewise.
         weight: W, (width, classes).
-        strength: lambda, of the latest solution.
+        strength: lambda, of the latest solution; 1 before any was chosen.
     """
 
     weight: Tensor
@@ -143,7 +150,7 @@ class Ridge(GrowingBuffers):
         self.gram = torch.zeros(0, 0, dtype=torch.float64)
         self.correlations = torch.zeros(width, 0, dtype=torch.float64)
         self.register_buffer("weight", torch.zeros(width, 0))
-        self.strength: float | None = None
+        self.strength = 1.0
 
     def choose(self, fitted: RidgeSums, held_out: list[tuple[Tensor, Tensor]]) -> None:
         """Set `strength` to that of `RIDGES` with the least squared error on held-out images, each process looking at its own."""
@@ -156,7 +163,6 @@ class Ridge(GrowingBuffers):
 
     def update(self, gram: Tensor, correlations: Tensor) -> None:
         """Add the sums of a task with new classes, and solve; raises `strength` where G demands it."""
-        assert self.strength is not None
         check_finite(gram)
         total = gram if self.gram.numel() == 0 else self.gram.to(gram) + gram
         correlations = torch.cat([self.correlations.to(correlations), correlations], dim=1)

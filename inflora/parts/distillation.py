@@ -72,8 +72,13 @@ class DistilledMethod(TunedMethod):
         return not self.old_heads.is_empty
 
     def old_scores(self, x: Tensor) -> Tensor:
-        """(B, old classes): what the model says that the last task left."""
+        """(B, old classes): what the model said when the task began."""
         return self.old_heads.call(self.heads, self.old_backbone.call(self.backbone, x))[:, : self.num_old_classes]
+
+    def begin_task(self, task: Task) -> None:
+        if self.has_teacher:
+            self.old_heads.take(dict(self.heads.named_parameters()))  # again: they may have been aligned since
+        super().begin_task(task)
 
     def end_task(self, task: Task) -> None:
         self.old_backbone.take(self.tuned)
