@@ -61,7 +61,7 @@ Installed as a package, `inflora-train` takes the place of `python train.py`.
 
 FOOT = """\
 found by name, where there is one (a run prints which; '~recipe', '~inputs' or '~tuning' leaves it out)
-  recipe   conf/recipe/<dataset>_<method>.yaml     the published hyper-parameters of the pair
+  recipe   conf/recipe/<dataset>_<method>.yaml     the hyper-parameters of the pair, published ones where there are any
   inputs   conf/inputs/<backbone>_<dataset>.yaml   how the images reach another backbone than the published one
   tuning   conf/tuning/<backbone>_<method>.yaml    the method's rates on another backbone
 

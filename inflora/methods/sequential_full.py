@@ -8,7 +8,7 @@ from inflora.method import Method
 
 
 class SequentialFull(Method):
-    """All weights of the backbone train on every task; nothing protects the older ones. The lower bound of the field.
+    """All weights of the backbone train on every task; nothing protects the older ones. What the field calls the lower bound.
 
     Trains: the backbone and the current head (`softmax="current"`), or all heads (`softmax="seen"`). Stores between tasks: the weights, and
     embed_dim + 1 floats per class.
