@@ -17,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointError as RecomputationError
 
 from inflora.checkpoint import CheckpointError, CheckpointFolder
@@ -25,7 +26,7 @@ from inflora.device import Arriving, to_device
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
-from inflora.parts.collective import failing_together, gather_over_processes, sum_over_processes
+from inflora.parts.collective import failing_together, from_first, gather_over_processes, sum_over_processes
 from inflora.progress import Display
 from inflora.results import Records, stored_parameters
 from inflora.seeding import seed_everything
@@ -122,12 +123,14 @@ class Trainer:
                     self.probe.before(method.backbone)
                     with self.records.clock("subspace"), self.fabric.autocast(), eagerly(method.backbone):
                         method.begin_task(task)
+                        self._agree(method)
                 with self.records.clock("train"):
                     self._fit(method, task, inside, display)
                 self._seed("end", task)
                 with self.records.clock("subspace"), self.fabric.autocast(), eagerly(method.backbone):
                     method.eval()
                     method.end_task(task)
+                    self._agree(method)
                 with self.records.clock("evaluate"):
                     self._test(method, sequence, task)
                 self._save(method, {"stage": task.index + 1}, f"task{task.index}", boundary=True)
@@ -350,6 +353,16 @@ class Trainer:
             raise Interrupted
 
     # ---- small helpers ----
+
+    def _agree(self, method: Method) -> None:
+        """All processes go on with what the first has found before or after training.
+
+        Processors of different kinds round decompositions and clusterings differently. In a sign, or near a threshold, a rounding makes
+        another branch, and gradients of different branches would be summed.
+        """
+        if self.fabric.world_size > 1:
+            own = tree_map_only(Tensor, lambda tensor: tensor.cpu(), method.state_dict()) if self.fabric.is_global_zero else {}
+            method.load_state_dict(from_first(own))
 
     def _in_any_process(self, flag: bool) -> bool:
         """Whether the flag is up in any process; each of them has to ask."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from inflora.checkpoint import CheckpointError
 from inflora.parts import collective
-from inflora.parts.collective import failing_together, gather_objects, gather_over_processes, num_processes, sum_over_processes
+from inflora.parts.collective import failing_together, from_first, gather_objects, gather_over_processes, num_processes, sum_over_processes
 
 
 def test_one_process_alone():
@@ -16,7 +16,7 @@ def test_one_process_alone():
     tensor = torch.tensor([1.0, 2.0])
     assert sum_over_processes(tensor) is tensor and tensor.tolist() == [1.0, 2.0]
     assert gather_over_processes(tensor) is tensor
-    assert gather_objects("anything") == ["anything"]
+    assert gather_objects("anything") == ["anything"] and from_first("anything") == "anything"
     with failing_together():
         done = True
     assert done
@@ -43,17 +43,18 @@ def test_an_error_of_another_process_is_raised_here_too(monkeypatch):
 @pytest.mark.slow
 def test_two_real_processes(tmp_path):
     torch.multiprocessing.spawn(_meet, (tmp_path,), nprocs=2)
-    assert [(tmp_path / name).read_text() for name in "01"] == ["3.0, [0, 1, 1] in CheckpointError: the first disk is full"] * 2
+    assert [(tmp_path / name).read_text() for name in "01"] == ["3.0, [0, 1, 1], [0, 1], 0 in CheckpointError: the first disk is full"] * 2
 
 
 def _meet(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     total = sum_over_processes(torch.tensor(rank + 1.0)).item()
     rows = gather_over_processes(torch.full((rank + 1,), rank)).tolist()
+    objects, first = gather_objects(rank), from_first(rank)
     try:
         with failing_together():
             if rank == 0:
                 raise CheckpointError("the first disk is full")
     except CheckpointError as error:
-        (folder / str(rank)).write_text(f"{total}, {rows} in {type(error).__name__}: {error}")
+        (folder / str(rank)).write_text(f"{total}, {rows}, {objects}, {first} in {type(error).__name__}: {error}")
     dist.destroy_process_group()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import toy
-from helpers import num_rows, read_events, results, run_toy
+from helpers import fingerprint, num_rows, read_events, results, run_toy
+from learning import build
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.plugins.precision import Precision
@@ -423,6 +424,36 @@ def test_scores_that_are_no_numbers_in_another_process_end_all(monkeypatch):
     monkeypatch.setattr(trainer, "sum_over_processes", lambda tensor: tensor.add_(1) if tensor.ndim == 0 else tensor)
     with pytest.raises(trainer.TrainingError, match="scores of test images are nan"):
         evaluate(method, tasks.tasks, tasks.class_to_task, Fabric(accelerator="cpu", plugins=[LightningEnvironment()]))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_processes_agree_on_what_was_found_outside_training(is_first, monkeypatch):
+    """Another kind of processor may round a decomposition to another branch."""
+    own, first = build(["method=inflora"]), build(["method=inflora"])
+    for seed, method in enumerate((own, first)):
+        method.begin_task(toy.sequence(seed=seed)[0])  # of other augmented images
+    loop = object.__new__(trainer.Trainer)
+    loop.fabric = SimpleNamespace(world_size=2, is_global_zero=is_first)  # type: ignore[assignment]
+    brought = []
+    monkeypatch.setattr(trainer, "from_first", lambda state: brought.append(state) or (state if is_first else first.state_dict()))
+    before = fingerprint(own.state_dict()["tensors"])
+    loop._agree(own)
+    assert bool(brought[0]) == is_first, "the others need not send theirs"
+    after = fingerprint(own.state_dict()["tensors"])
+    assert (after == before) == is_first and (after == fingerprint(first.state_dict()["tensors"])) != is_first
+
+
+def test_processes_agree_before_and_after_training(tmp_path, monkeypatch):
+    calls = []
+
+    def tell(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: [calls.append(name), original(*arguments)][1])
+
+    for owner, name in ((InfLoRA, "begin_task"), (trainer.Trainer, "_agree"), (trainer.Trainer, "_fit"), (InfLoRA, "end_task")):
+        tell(owner, name)
+    run_toy(tmp_path, *TWO_TASKS)
+    assert calls == 2 * ["begin_task", "_agree", "_fit", "end_task", "_agree"]
 
 
 def test_whatever_writes_fails_in_all_processes(tmp_path, monkeypatch):

@@ -44,6 +44,15 @@ def gather_objects(value: Anything) -> list[Anything]:
     return cast(list[Anything], found)
 
 
+def from_first(value: Anything) -> Anything:
+    """What the first process brings, in every process; it is pickled."""
+    if num_processes() == 1:
+        return value
+    holder = [value if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(holder, src=0)
+    return cast(Anything, holder[0])
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """For what may fail in one process alone, such as writing a file: its error is raised in all, so that none goes on and waits for it.
