@@ -136,17 +136,17 @@ def sound_kernels() -> Iterator[None]:
 
     Fabric recommends at every start to have no more bits in any product, which is not printed.
     """
-    fabric_log, cudnn, attention = logging.getLogger("lightning_fabric"), torch.backends.cudnn, torch.backends.cuda
-    before = fabric_log.level, cudnn.allow_tf32, attention.cudnn_sdp_enabled()
+    fabric_log = logging.getLogger("lightning_fabric")
+    level, allowed, is_enabled = fabric_log.level, torch.backends.cudnn.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
     fabric_log.setLevel(logging.WARNING)
-    cudnn.allow_tf32 = False
-    attention.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        level, cudnn.allow_tf32, is_enabled = before
         fabric_log.setLevel(level)
-        attention.enable_cudnn_sdp(is_enabled)
+        torch.backends.cudnn.allow_tf32 = allowed
+        torch.backends.cuda.enable_cudnn_sdp(is_enabled)
 
 
 def make_fabric(trainer: dict[str, Any]) -> Fabric:
