@@ -1,8 +1,9 @@
 """Every method through the command line, on toys: what a run promises holds for each yaml in conf/method. All of it is slow."""
 
 import json
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,18 @@ def test_two_processes_do_what_one_does(method, cli, tmp_path):
 # ---- real, if small, runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """As a user's run has them, and no other test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @here
 @every_method
+@pytest.mark.usefixtures("all_cores")
 def test_ten_tasks_of_digits_take_less_than_two_minutes(method, cli, tmp_path):
     arguments = ["dataset=digits_5task", "dataset.num_tasks=10", "trainer.epochs=1", "trainer.device=cpu", "trainer.progress=false"]
     found = finish(cli, tmp_path, f"method={method}", *arguments)
