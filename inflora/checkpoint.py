@@ -257,12 +257,12 @@ def _mark(tensor: Tensor, bit_sum: int) -> Mark:
     return tensor.dtype, tensor.shape, bit_sum
 
 
-_SCRAMBLED_AT_ONCE = 2**22
+_SCRAMBLED_AT_ONCE = 2**22  # words; each takes some forty bytes on the way
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     """A hash of the bits, an int64 scalar on the tensor's device: another one for sure where one element differs."""
-    parts = _integers(tensor).split(_SCRAMBLED_AT_ONCE)  # each word takes some forty bytes on the way
+    parts = _integers(tensor).split(_SCRAMBLED_AT_ONCE)
     return torch.stack([scrambled(part.long(), at * _SCRAMBLED_AT_ONCE).sum() for at, part in enumerate(parts)]).sum()
 
 

@@ -26,7 +26,7 @@ from inflora.device import Arriving, to_device
 from inflora.interference import InterferenceProbe
 from inflora.method import Method
 from inflora.metrics import TestCounter
-from inflora.parts.collective import failing_together, from_first, gather_over_processes, sum_over_processes
+from inflora.parts.collective import failing_together, from_first, gather_objects, sum_over_processes
 from inflora.progress import Display
 from inflora.results import Records, stored_parameters
 from inflora.seeding import seed_everything
@@ -331,8 +331,8 @@ class Trainer:
 
     def _check_position(self, stage: int, inside: dict[str, Any] | None) -> None:
         """Raises CheckpointError in all processes if they go on from different places: each would wait for what the others do not do."""
-        own = torch.tensor([[stage, *((inside["epoch"], inside["step"]) if inside else (-1, -1))]], device=self.fabric.device)
-        if len(gather_over_processes(own).unique(dim=0)) > 1:
+        own = (stage, inside["epoch"], inside["step"]) if inside else (stage, -1, -1)
+        if len(set(gather_objects(own))) > 1:
             raise CheckpointError(f"the processes found different checkpoints in {self.folder}; the machines have to share this folder")
 
     def _save_inside(self, method: Method, optimizer: Any, task: Task, position: dict[str, Any]) -> None:

@@ -77,6 +77,7 @@ def test_what_does_not_wait_is_not_noted():
     with far_device() as notes:
         x = to_device(torch.arange(4.0), FAR)
         x[to_device(torch.tensor([3, 1]), FAR)] += 1
+        x[to_device(torch.arange(4)[::3], FAR)] += 1  # with gaps in host memory
         x[x > 3] = 0
         x.zero_().fill_(torch.tensor(2.0))
         assert not notes.waits
