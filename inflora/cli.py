@@ -201,7 +201,8 @@ class Job:
             _check_found_by_name(hydra_config)
             _check_scheduler(cfg, hydra_config)
             names = {group: hydra_config.runtime.choices[group] for group in ("method", "dataset", "backbone")}
-            run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config)))
+            typed = changes(hydra_config.overrides.task)
+            run(cfg, Origin(names, list(applied_files(hydra_config)), hydra_files(cfg, hydra_config), typed))
         except (Interrupted, KeyboardInterrupt) as stop:
             saved = "everything so far is saved" if isinstance(stop, Interrupted) else "what the last checkpoint holds is saved"
             command = "the same command"
@@ -292,6 +293,15 @@ def applied_files(hydra_config: Any) -> Iterator[str]:
         choice = hydra_config.runtime.choices.get(group)
         if choice is not None and _file_of(hydra_config, group, choice) is not None:
             yield f"{group}/{choice}"
+
+
+def changes(overrides: Sequence[str]) -> list[str]:
+    """Those of a run's overrides that may set it apart from what the recipe of its pair was published with."""
+
+    def is_free(key: str) -> bool:
+        return key in ("dataset", "method", "seed") or any(key == free or key.startswith(f"{free}.") for free in config.RESULT_FREE)
+
+    return [override for override in overrides if not is_free(override.partition("=")[0].lstrip("+~"))]
 
 
 def _file_of(hydra_config: Any, group: str, choice: str) -> Traversable | None:

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 RESULT_FREE = {
     "output_dir",
+    "published",
     "resume",
     "tracker",
     "dataset.root",
@@ -83,6 +84,25 @@ class TrainerConfig:
 
 
 @dataclass
+class PublishedConfig:
+    """What the recipe of a pair says of itself.
+
+    Attributes:
+        source: where its values come from; "ours, not published ..." where nobody has published any.
+        figures: where the accuracies come from; None: the source.
+        last_accuracy: percent, over all classes after the last task.
+        average_accuracy: percent, the mean over the tasks.
+        differs: what was otherwise there.
+    """
+
+    source: str | None = None
+    figures: str | None = None
+    last_accuracy: float | None = None
+    average_accuracy: float | None = None
+    differs: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RunConfig:
     """One run. The groups typed `Any` are plug-ins: their keys are the arguments of the class or function they name."""
 
@@ -97,6 +117,7 @@ class RunConfig:
     scheduler: Any = MISSING
     trainer: TrainerConfig = MISSING
     tracker: Any = MISSING
+    published: PublishedConfig = field(default_factory=PublishedConfig)
 
 
 CHOICES = {
@@ -191,8 +212,8 @@ def check(cfg: DictConfig) -> None:
     faults = [f"{key} has no value; set {key}=..." for key in missing]
     if not faults:
         # `+key=value` adds to what the schema names, and nobody would read it.
-        known = {"": RunConfig, "dataset.": DatasetConfig, "backbone.": BackboneConfig, "trainer.": TrainerConfig}
-        for prefix, schema in known.items():
+        groups = {"dataset.": DatasetConfig, "backbone.": BackboneConfig, "trainer.": TrainerConfig, "published.": PublishedConfig}
+        for prefix, schema in {"": RunConfig, **groups}.items():
             added = sorted(set(cfg[prefix[:-1]] if prefix else cfg) - {each.name for each in fields(schema)} - {"hydra"})
             faults += [f"{prefix}{key} is not a key of this configuration; {ALL_KEYS}" for key in added]
         for key, allowed in CHOICES.items():

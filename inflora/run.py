@@ -62,11 +62,13 @@ class Origin:
         names: the choices made: `dataset`, `method`, `backbone`.
         applied_files: the recipe, inputs and tuning files that went into it, as `recipe/cifar100_10task_inflora`.
         hydra_files: file name -> content for `.hydra/`.
+        changes: what was typed, such as `trainer.epochs=1`, that may change what comes of the recipe.
     """
 
     names: dict[str, str]
     applied_files: list[str] = field(default_factory=list)
     hydra_files: dict[str, str] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Origin":
@@ -342,7 +344,7 @@ def _train(fabric: Fabric, plain: dict[str, Any], origin: Origin) -> dict[str, A
         )
         trainer.run(parts.method, parts.sequence, _announce(parts, plain, origin))
         found = summary(plain, origin.names, parts.backbone, parts.sequence, parts.method, records)
-        found["applied_files"] = origin.applied_files
+        found |= _recipe(plain, origin)
         if fabric.is_global_zero:
             trackers.log("summary", found)
             write_atomically(folder / "summary.json", lambda file: file.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n"))
@@ -480,7 +482,7 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
         "test_counts": list(sequence.test_counts),
         "epochs": trainer["epochs"],
         "steps": steps,
-        "applied_files": origin.applied_files,
+        **_recipe(plain, origin),
         "test_hash": sequence.test_hash,
         "image_hashes": sequence.image_hashes,
         "weights": parts.backbone.weights,
@@ -499,8 +501,19 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
     if plain["alignment"]["_target_"] is not None:
         log.info("after every task but the first, all heads are aligned on samples of the classes seen")
     log.info("applied: %s", ", ".join([*origin.applied_files, *([] if has_recipe else ["no published recipe for this pair"])]))
+    for text, value in report.published_rows(plan["published"]):
+        log.info("%s: %s", text, value)
     log.info("writing to %s", plain["output_dir"])
     return plan
+
+
+def _recipe(plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
+    """For the records: the files found by name, and what the recipe among them says of itself; None where none says anything."""
+    published = plain["published"]
+    return {
+        "applied_files": origin.applied_files,
+        "published": None if published["source"] is None else {**published, "changes": origin.changes},
+    }
 
 
 class LogFile(logging.FileHandler):

@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from inflora import plugins
-from inflora.cli import _continuing, _program, quoted
+from inflora.cli import _continuing, _program, changes, quoted
 from inflora.run_folder import hold
 from inflora.terminal import tolerate_any_encoding
 
@@ -112,6 +112,12 @@ def test_configuration_of_ones_own_is_used_and_recorded(cli: Cli, tmp_path: Path
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert summary["applied_files"][0] == "recipe/digits_5task_mine" and config["optimizer"]["head_lr"] == 0.25
     assert config["scheduler"]["milestones"] == [1]
+
+
+def test_what_is_typed_beside_a_recipe_and_may_change_what_comes_of_it():
+    same = ["method=ease", "dataset=cifar100_20task", "seed=3", "trainer.device=cuda", "tracker=wandb", "+tracker.mode=offline"]
+    other = ["backbone=vit_micro", "trainer.epochs=1", "dataset.class_order=natural", "~tuning", "method.rank=4", "debug=default"]
+    assert changes([*same, *other, "dataset.root=there", "output_dir=here"]) == other
 
 
 def test_a_terminal_of_few_characters_does_not_stop_a_finished_run(monkeypatch: pytest.MonkeyPatch):

@@ -152,6 +152,7 @@ def test_the_data_set_runs_through_the_command_line(installed, no_report, cli: C
     assert said.code == 0, said.err
     assert "my_method on my_dataset, my_backbone (random weights: my_vit.first)" in said.err
     assert "applied: recipe/my_dataset_my_method" in said.err
+    assert "recipe: chosen by hand" in said.err
     assert num_rows(tmp_path / "run") == 4
     found = read_summary(tmp_path / "run")
     assert found is not None and found["task_aware_accuracy"] > 60

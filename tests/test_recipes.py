@@ -269,6 +269,32 @@ PUBLISHED = {
     for dataset in datasets.split()
 }
 
+# ---- published accuracy with the recipes: last and average, percent; None where only one is known -----------------------------------
+
+Figures = tuple[float | None, float | None]
+FIGURES: dict[str, dict[str, Figures]] = {
+    # Liang & Li 2024, tables 1 and 2: their own and those they ran beside it
+    "inflora": {C10: (86.51, 91.70), R5: (77.52, 82.01), R10: (75.65, 80.82), R20: (71.01, 77.28)},
+    "sequential": {R5: (70.96, 79.14), R10: (64.32, 74.78), R20: (56.98, 69.29)},
+    "c_lora": {C10: (82.97, 88.81), R5: (75.85, 78.85), R10: (71.89, 75.38), R20: (65.71, 70.63)},
+    "l2p": {C10: (82.48, 87.64), R5: (64.13, 68.66), R10: (62.54, 67.98), R20: (57.92, 64.57)},
+    "dualprompt": {C10: (84.42, 90.06), R5: (67.88, 71.16), R10: (65.41, 69.39), R20: (61.00, 65.80)},
+    "coda_prompt": {C10: (86.62, 91.08), R5: (73.09, 76.91), R10: (71.47, 75.82), R20: (67.28, 72.34)},
+    "hide_prompt": {R10: (75.06, 76.60)},
+    # the methods' own papers and logs
+    "lae": {C10: (85.59, 89.96), C20: (83.93, None), R10: (72.66, 78.91)},
+    "slca": {C10: (91.53, 94.09), R10: (77.00, 81.17)},
+    "sd_lora": {C10: (87.26, 92.05), R5: (79.32, 83.00), R10: (78.17, 82.59), R20: (75.13, 79.80)},
+    "cl_lora": {C10: (None, 91.85), C20: (85.32, 91.02), R20: (None, 84.77)},
+    "ewc": {C10: (88.07, None), R10: (73.03, None)},
+    "aper": {C20: (85.14, 90.61)},
+    "simplecil": {C20: (81.28, 87.57)},
+    "ease": {C20: (85.80, 91.51), R10: (76.17, 81.74)},
+    "mos": {C20: (89.25, 93.30), R10: (77.83, 82.75)},
+    "tuna": {C20: (91.60, 94.86), R10: (79.30, 84.09)},
+    "ranpac": {C10: (92.2, None)},
+}
+
 # ---- tests -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +316,23 @@ def test_a_recipe_has_the_published_numbers(name):
     cfg = compose_config(f"dataset={dataset}", f"method={name.removeprefix(f'{dataset}_')}")
     assert numbers(cfg, *(key for key in row if key.startswith(("trainer.", "dataset.", "backbone.")))) == row
     set_there = leaves(yaml.safe_load((CONF / "recipe" / f"{name}.yaml").read_text(encoding="utf-8")))
-    assert set_there.keys() <= row.keys(), "a recipe sets nothing that its row does not name"
+    learning = {key for key in set_there if not key.startswith("published.")}
+    assert learning <= row.keys(), "a recipe sets nothing that its row does not name"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_recipe_says_where_it_is_from_and_what_was_reached_with_it(name):
+    dataset = next(dataset for dataset in DATASETS if name.startswith(f"{dataset}_"))
+    method = name.removeprefix(f"{dataset}_")
+    found = compose_config(f"dataset={dataset}", f"method={method}").published
+    expected = FIGURES.get(method, {}).get(dataset, (None, None))
+    assert (found.last_accuracy, found.average_accuracy) == expected
+    assert found.source
+    if found.source.startswith("ours"):
+        assert expected == (None, None) and not found.differs, "nobody has published anything that could differ"
+    if expected == (None, None):
+        assert found.figures is None
+    assert compose_config(f"dataset={dataset}", f"method={method}", "~recipe").published.source is None
 
 
 def test_every_recipe_has_a_row():

@@ -200,6 +200,34 @@ def test_a_folder_given_twice_counts_once(sweep: Path):
     assert len(find_runs([run, sweep, run])[0]) == 11
 
 
+def recipe_of(last: float | None, average: float | None, *changes: str) -> dict[str, Any]:
+    """`published` of a summary."""
+    figures = {"figures": None, "last_accuracy": last, "average_accuracy": average}
+    return {"source": "A et al.", **figures, "differs": ["other weights", "one seed"], "changes": list(changes)}
+
+
+def test_published_accuracy_stands_beside_that_of_the_runs(tmp_path: Path):
+    for seed, changes in enumerate([["trainer.epochs=1"], ["trainer.epochs=1", "trainer.batch_size=8"]]):
+        write_run(tmp_path / f"a{seed}", method="lae", seed=seed, changes={"published": recipe_of(70.5, None, *changes)})
+    write_run(tmp_path / "b", method="ewc", changes={"published": recipe_of(None, None)})
+    write_run(tmp_path / "c", changes={"published": None})
+    write_run(tmp_path / "d", method="joint")  # of a version that recorded nothing of the kind
+    (section,) = report.load([tmp_path]).sections
+    table = tables.published_table(section)
+    assert table is not None
+    (group,) = (group for group in section.groups if group.method == "lae")
+    reached = [tables.statistic_text(group.statistic(name)) for name in ("last_accuracy", "average_accuracy")]
+    typed = "trainer.epochs=1, trainer.batch_size=8"
+    assert table.rows == [["lae", reached[0], "70.50", reached[1], "–", "A et al.", "other weights; one seed", typed]]
+    page = report.write([tmp_path], tmp_path / "report")
+    assert table.caption in page.read_text() and table.caption in page.with_suffix(".md").read_text()
+
+
+def test_where_nothing_was_published_there_is_no_table(sweep: Path):
+    (section,) = report.load([sweep]).sections
+    assert tables.published_table(section) is None
+
+
 def test_other_settings_of_a_method_are_another_group_named_by_them(tmp_path: Path):
     for rank in (4, 10):
         write_run(tmp_path / f"rank={rank}", settings={"rank": rank})
@@ -751,6 +779,16 @@ def test_table_of_one_run(sweep: Path):
     assert "digits_5task, vit_micro, inflora, seed 1" in text
     assert f"{summary['last_accuracy']:.2f}" in text
     assert "25.0 s (subspace 1.5 s, train 21.0 s, evaluate 2.0 s, other 0.5 s)" in text
+
+
+@pytest.mark.parametrize("figures, said", [((70.5, 80.25), True), ((None, None), False)])
+def test_table_of_one_run_has_what_was_published(figures: tuple[float | None, float | None], said: bool, sweep: Path):
+    console = Console(record=True, width=140, file=io.StringIO())
+    report.print_table(summaries(sweep, "inflora")[1] | {"published": recipe_of(*figures, "dataset.task_sizes=[2,2]")}, console)
+    text = " ".join(console.export_text().split())
+    assert "recipe A et al." in text and "otherwise there other weights; one seed" in text
+    assert ("published last 70.50, average 80.25" in text) == said
+    assert ("changed here dataset.task_sizes=[2,2]" in text) == said
 
 
 def test_table_of_one_run_says_why_a_number_is_missing(sweep: Path):

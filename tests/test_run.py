@@ -144,6 +144,7 @@ def test_the_summary(finished):
         "normalize": "timm",
         "split": "toy",
         "applied_files": [],
+        "published": None,
         "trainable_parameters": 2 * 2 * 2 * 32 + 66,
         "trainable_parameters_per_task": [322] * 3,
     }
@@ -215,6 +216,22 @@ def test_the_log_names_uneven_tasks_and_applied_files(tmp_path):
     assert "applied: recipe/d_m\n" in text
     assert (tmp_path / ".hydra" / "overrides.yaml").read_text() == "- method=m\n"
     assert summary_of(tmp_path)["applied_files"] == ["recipe/d_m"]
+
+
+def test_a_recipe_is_told_with_what_was_published_and_typed(tmp_path):
+    published = ["published.source=A et al.", "published.average_accuracy=81.5", "published.differs=[other weights]"]
+    cfg = toy_config(tmp_path, "method=linear_probe", "trainer.epochs=1", *published)
+    run(cfg, Origin({"method": "m", "dataset": "d", "backbone": "b"}, ["recipe/d_m"], changes=["trainer.epochs=1"]))
+    said = [line.split("INFO ")[1] for line in (tmp_path / "run.log").read_text().splitlines()]
+    start = said.index("recipe: A et al.")
+    assert said[start + 1 : start + 4] == ["published: average 81.50", "otherwise there: other weights", "changed here: trainer.epochs=1"]
+    expected = {
+        "source": "A et al.", "figures": None, "last_accuracy": None, "average_accuracy": 81.5, "differs": ["other weights"],
+        "changes": ["trainer.epochs=1"],
+    }  # fmt: skip
+    assert summary_of(tmp_path)["published"] == read_events(tmp_path, "run")[0]["published"] == expected
+    again = toy_config(tmp_path, "method=linear_probe", "trainer.epochs=1", "published.source=B et al.")
+    assert run(again)["published"] == expected, "what a recipe says of itself makes no other run"
 
 
 @pytest.mark.slow  # test_methods.py takes each through its stages quickly, test_methods_slow.py through the command line

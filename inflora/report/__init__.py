@@ -13,9 +13,9 @@ from pathlib import Path
 from inflora.report import figures, page, tables
 from inflora.report.groups import Section, sections_of
 from inflora.report.runs import find_runs
-from inflora.report.tables import print_table
+from inflora.report.tables import print_table, published_rows
 
-__all__ = ["Loaded", "load", "print_table", "write", "write_loaded"]
+__all__ = ["Loaded", "load", "print_table", "published_rows", "write", "write_loaded"]
 
 
 @dataclass(frozen=True)

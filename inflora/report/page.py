@@ -14,6 +14,7 @@ from inflora.report.tables import (
     main_table,
     markdown_text,
     provenance_table,
+    published_table,
     settings_table,
     to_markdown,
 )
@@ -40,7 +41,13 @@ class Part:
 
 def part_of(section: Section, reference: str, figures: dict[str, str]) -> Part:
     """Tables, facts and notes of a section, with its figures."""
-    tables = [differences_table(section, reference), definitions_table(section), settings_table(section), provenance_table(section)]
+    tables = [
+        differences_table(section, reference),
+        published_table(section),
+        definitions_table(section),
+        settings_table(section),
+        provenance_table(section),
+    ]
     return Part(section.title, _facts(section), main_table(section), [table for table in tables if table], figures, _notes(section))
 
 

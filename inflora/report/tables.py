@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ _OTHER_DEFINITIONS = {
     "forgetting_coda": "forgetting, CODA",
     "forgetting_libcontinual": "forgetting, LibContinual",
 }
+
+_PUBLISHED = {name: _HEADLINE[name] for name in ("last_accuracy", "average_accuracy")}
 
 MEANINGS = {
     "last": "accuracy over all classes after the last task: share of correct test images (micro).",
@@ -113,6 +115,25 @@ def settings_table(section: Section) -> Table | None:
     """The settings behind labels of several groups of one method; None where no method has several."""
     rows = [[group.label, key, value] for group in section.groups for key, value in group.differences.items()]
     return Table("Settings in which groups of the same method differ", ["method", "setting", "value"], rows) if rows else None
+
+
+def published_table(section: Section) -> Table | None:
+    """The published accuracy of the groups' recipes beside what was reached here; None where there is none."""
+    rows = []
+    for group in section.groups:
+        published = group.runs[-1].summary.get("published") or {}
+        figures = [published.get(name) for name in _PUBLISHED]
+        if figures != [None, None]:
+            cells = (
+                text
+                for name, figure in zip(_PUBLISHED, figures, strict=True)
+                for text in (statistic_text(group.statistic(name)), UNDEFINED if figure is None else percent_text(figure))
+            )
+            typed = dict.fromkeys(change for run in group.runs for change in (run.summary.get("published") or {}).get("changes", []))
+            by = published["figures"] or published["source"]
+            rows.append([group.label, *cells, by, "; ".join(published["differs"]) or UNDEFINED, ", ".join(typed) or UNDEFINED])
+    header = ["method", "last", "last, published", "average", "average, published", "published by", "otherwise there", "changed here"]
+    return Table("What was published with the recipes of these runs, percent", header, rows) if rows else None
 
 
 def provenance_table(section: Section) -> Table:
@@ -204,6 +225,21 @@ def print_section(section: Section, console: Console) -> None:
     console.print(rich_table)
 
 
+def published_rows(published: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What a recipe says of itself, as headings and texts; `published` is that of summary.json."""
+    if published is None:
+        return
+    yield "recipe", published["source"]
+    figures = [f"{name} {percent_text(published[key])}" for key, name in _PUBLISHED.items() if published[key] is not None]
+    if figures:
+        by = f" ({published['figures']})" if published["figures"] else ""
+        yield "published", ", ".join(figures) + by
+    if published["differs"]:
+        yield "otherwise there", "; ".join(published["differs"])
+    if figures and published["changes"]:
+        yield "changed here", ", ".join(published["changes"])
+
+
 def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print the result of one run; `summary` is the content of its summary.json."""
     title = f"{summary['dataset']}, {summary['backbone']}, {summary['method']}, seed {summary['seed']}"
@@ -220,6 +256,8 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
         table.add_row(text, percent_text(summary[name]) if summary[name] is not None else f"{UNDEFINED} ({summary['null_reasons'][name]})")
     curve = [UNDEFINED if value is None else f"{value:.1f}" for value in summary["accuracy_curve"]]
     table.add_row("after each task", " ".join(curve))
+    for text, value in published_rows(summary.get("published")):
+        table.add_row(text, escape(value))
     table.add_row("parameters trained", f"{count_text(summary['trainable_parameters'])} of {count_text(summary['total_parameters'])}")
     parts = [f"{name} {duration_text(seconds)}" for name, seconds in summary["wall_seconds"].items() if name != "total"]
     table.add_row("time", f"{duration_text(summary['wall_seconds']['total'])} ({', '.join(parts)})")
