@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -406,10 +407,16 @@ def test_a_sweep_in_several_processes(launcher, tmp_path: Path):
     assert (folder / "accuracy_matrix.csv").read_bytes() == (tmp_path / "alone" / "accuracy_matrix.csv").read_bytes()
 
 
-def test_a_launcher_that_is_not_installed_or_not_known(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_launcher_that_is_not_known(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     sentence = fault(cli("-m", "hydra/launcher=cluster", "seed=0,1"))
     assert sentence == "hydra/launcher=cluster is not known; choose one of basic, cores, ray_cluster, slurm"
+
+
+def test_a_launcher_that_is_not_installed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if find_spec("hydra_plugins.hydra_ray_launcher") is not None:
+        pytest.skip("hydra-ray-launcher is installed")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)
     (tmp_path / "conf" / "hydra" / "launcher" / "missing.yaml").write_text("defaults:\n  - ray\n")
     arguments = ["hydra.searchpath=[file://" + str(tmp_path / "conf") + "]", "hydra/launcher=missing", "seed=0,1"]
