@@ -1,10 +1,20 @@
-"""Copies to the device and from it that the host does not wait for."""
+"""Which devices there are; copies to a device and from it that the host does not wait for."""
 
 import torch
 from torch import Tensor
 
 READS_PINNED_MEMORY = {"cuda"}
 """Types of devices that copy from pinned host memory by themselves, while the host goes on."""
+
+
+def has_device(device: str) -> bool:
+    """Whether torch finds a device of this kind on this machine."""
+    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
+
+
+def is_cpu(device: str) -> bool:
+    """Whether a run on this kind of device, which may be `auto`, is one on the CPU."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

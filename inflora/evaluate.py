@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from inflora import config as configuration
-from inflora.run import USER_ERRORS, build, has_device, is_cpu, load_images, make_fabric, sound_kernels
+from inflora.device import has_device, is_cpu
+from inflora.run import USER_ERRORS, build, load_images, make_fabric, sound_kernels
 from inflora.run_folder import finished_run, last_run_event, load_trained
 from inflora.terminal import tolerate_any_encoding
 from inflora.trackers import read_matrix

@@ -16,7 +16,7 @@ from torch import Tensor
 from inflora.backbone import load_exported
 from inflora.data.cache import to_rgb
 from inflora.data.sources import is_image
-from inflora.run import has_device
+from inflora.device import has_device
 from inflora.terminal import tolerate_any_encoding
 
 BATCH_SIZE = 32

@@ -28,6 +28,7 @@ from inflora.checkpoint import CheckpointError, write_atomically
 from inflora.data.datasets import Splits
 from inflora.data.tasks import Loading, TaskSequence, parse_class_order, split_task_sizes
 from inflora.data.transforms import build_transforms
+from inflora.device import has_device, is_cpu
 from inflora.method import Method
 from inflora.parts.collective import failing_together, gather_objects
 from inflora.progress import ConsoleHandler
@@ -180,16 +181,6 @@ def make_fabric(trainer: dict[str, Any]) -> Fabric:
         precision=PRECISIONS[trainer["precision"]],  # type: ignore[arg-type]
         plugins=None if started else [LightningEnvironment()],  # inside a Slurm job, Fabric would wait for tasks that nobody started
     )
-
-
-def has_device(device: str) -> bool:
-    """Whether torch finds a device of this kind on this machine."""
-    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device, lambda: True)()
-
-
-def is_cpu(device: str) -> bool:
-    """Whether a run on this kind of device, which may be `auto`, is one on the CPU."""
-    return device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
 
 class Started(NamedTuple):
