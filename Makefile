@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint bench
+.PHONY: help demo test test-slow test-oldest test-gpu lint bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,17 @@ test: .venv/dev.stamp  ## set up, run the tests (minutes, CPU)
 
 test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command line; real images if INFLORA_TEST_DATA is set
 	$(PY) -m pytest -m "slow or data"
+
+# Old packages warn of newer ones beside them.
+.venv-oldest/stamp: pyproject.toml requirements-dev.txt | .venv/run.stamp
+	$(PY) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=70.1' \
+		$$(sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\(.*\)",/\1==\2/p' pyproject.toml) \
+		$$(grep -E '^(pytest|hypothesis|nb|ipykernel|onnx|wandb|tensorboard)' requirements-dev.txt)
+	@touch $@
+
+test-oldest: .venv-oldest/stamp  ## the tests with the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -W default
 
 test-gpu: .venv/dev.stamp  ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu

@@ -61,6 +61,8 @@ def export_run(folder: Path, out: Path, *, onnx: bool = False, peft: bool = Fals
     found, plain = finished_run(folder)
     if onnx and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
         raise ValueError("--onnx needs packages that are not installed; run `pip install onnx onnxscript`")
+    if onnx and torch.__version__ < (2, 8):  # type: ignore[operator]  # older ones do not leave the first axis free
+        raise ValueError(f"--onnx needs torch 2.8 or newer, and this is {torch.__version__}; install that, or leave --onnx out")
     fabric = make_fabric(plain["trainer"] | {"num_devices": 1, "device": "cpu", "precision": "32"})
     backbone, method = build_method(fabric, plain)
     load_trained(method, folder)

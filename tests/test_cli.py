@@ -3,6 +3,7 @@
 Everything is tried in this process and, in the slow tier, again through `python train.py`.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -414,7 +415,8 @@ def test_a_launcher_that_is_not_known(cli: Cli, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_launcher_that_is_not_installed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if find_spec("hydra_plugins.hydra_ray_launcher") is not None:
+    with contextlib.suppress(ImportError):
+        import_module("hydra_plugins.hydra_ray_launcher")
         pytest.skip("hydra-ray-launcher is installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)

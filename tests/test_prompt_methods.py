@@ -1,6 +1,7 @@
 """Prompts against slow references: prefix attention, key matching, L2P, DualPrompt, CODA-Prompt, HiDe-Prompt."""
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ METHODS = {
     "dualprompt original": ["method=dualprompt", "method.variant=original"],
     "coda_prompt": ["method=coda_prompt"],
     "coda_prompt penalty": ["method=coda_prompt", "method.orthogonality=0.1"],
-    "hide_prompt": ["method=hide_prompt", "method.align_epochs=10", "method.task_align_lr=0.1"],
-    "hide_prompt covariance": ["method=hide_prompt", "method.align_epochs=10", "method.task_align_lr=0.1", "method.statistics=covariance"],
+    "hide_prompt": ["method=hide_prompt", "method.align_epochs=10", "method.task_align_lr=0.03"],
+    "hide_prompt covariance": ["method=hide_prompt", "method.align_epochs=10", "method.task_align_lr=0.03", "method.statistics=covariance"],
 }
 
 D = toy.EMBED_DIM
@@ -87,6 +88,8 @@ def test_gate_and_inner_norm_of_the_stock_attention_stay(fused):
     """Against the stock module itself: a prefix that repeats the image's own keys and values leaves every attention mean as it is."""
     attention = type(toy.toy_vit().blocks[0].attn)
     torch.manual_seed(0)
+    if "gated" not in inspect.signature(attention).parameters:
+        pytest.skip("this timm knows no gate")
     stock = attention(D, num_heads=2, qkv_bias=True, gated=True, scale_norm=True, norm_layer=nn.LayerNorm).eval()
     stock.fused_attn = fused
     x = noise(3, 5, D)
@@ -560,7 +563,7 @@ def test_hide_prompt_trains_a_mixture_with_the_older_prompts_and_keeps_it():
 
 
 def test_hide_prompt_gives_the_prompt_of_the_task_whose_class_scores_best():
-    method: HidePrompt = prompt_method("hide_prompt", align_epochs=10, task_align_lr=0.1)
+    method: HidePrompt = prompt_method("hide_prompt", align_epochs=10, task_align_lr=0.03)
     tasks = toy.sequence(task_sizes=[1, 3, 2])
     learn(method, tasks, epochs=3)
     with torch.no_grad():
