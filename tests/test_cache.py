@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 
 from inflora.data import cache
-from inflora.data.cache import FixedImages, ImageStore, Rows, VariableImages, cache_folder, decoded, map_ahead
+from inflora.data.cache import SHARE_OF_DISK, EncodedImages, FixedImages, ImageStore, Rows, VariableImages, cache_folder, decoded, map_ahead
+from inflora.data.datasets import imagefolder
 from inflora.data.sources import FolderSource
+from inflora.data.tasks import Loading, TaskSequence
+from inflora.data.transforms import build_transforms
 
 
 @pytest.fixture(autouse=True)
@@ -60,16 +63,16 @@ ONE_SIZE = [(5, 4)] * 70
 MANY_SIZES = [(5, 4), (3, 9), (1, 1), (8, 2)] * 20
 
 
+def refuse(*args: object) -> None:
+    raise AssertionError("looked at a second time")
+
+
 @pytest.mark.parametrize("sizes", [ONE_SIZE, MANY_SIZES], ids=["one size", "many sizes"])
 def test_decoded_once(sizes: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = write(tmp_path / "images", sizes)
     store = load(tmp_path / "images")
     assert isinstance(store, FixedImages if sizes is ONE_SIZE else VariableImages)
     assert_holds(store, pixels)
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("decoded a second time")
-
     monkeypatch.setattr(cache, "_decode_one", refuse)
     assert_holds(load(tmp_path / "images"), pixels)
 
@@ -183,6 +186,83 @@ def test_full_disk(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"the disk of the image cache .*cache is full: free some space there, or set INFLORA_CACHE"):
         load(tmp_path / "images")
     assert entries(own_cache) == [], "nothing incomplete is left"
+
+
+def disk_with(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12 - free, free))
+
+
+@pytest.mark.parametrize("sizes", [ONE_SIZE, MANY_SIZES], ids=["one size", "many sizes"])
+def test_what_would_fill_the_disk_is_decoded_whenever_it_is_read(
+    sizes: list[tuple[int, int]], tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = write(tmp_path / "data", sizes)
+    needed = sum(image.size for image in pixels)
+    disk_with(monkeypatch, int(needed / SHARE_OF_DISK) - 1)
+    caplog.set_level("INFO")
+    store = load(tmp_path / "data")
+    assert isinstance(store, EncodedImages) and "they are decoded whenever they are read" in caplog.text
+    assert_holds(store, pixels)
+    (entry,) = entries(own_cache)
+    assert [file.name for file in entry.iterdir()] == ["sizes.npy"]
+
+    monkeypatch.setattr(cache, "_size_of", refuse)
+    again = load(tmp_path / "data")
+    assert isinstance(again, EncodedImages), "without looking at the files"
+    assert_holds(again, pixels)
+    monkeypatch.undo()
+    monkeypatch.setenv("INFLORA_CACHE", str(own_cache))
+
+    disk_with(monkeypatch, int(needed / SHARE_OF_DISK) + 1)
+    store = load(tmp_path / "data")
+    assert not isinstance(store, EncodedImages), "now there is space"
+    assert_holds(store, pixels)
+    disk_with(monkeypatch, 0)
+    assert not isinstance(load(tmp_path / "data"), EncodedImages), "they are decoded already"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("sizes", [ONE_SIZE, MANY_SIZES], ids=["one size", "many sizes"])
+def test_a_run_sees_the_same_images_whenever_they_are_decoded(
+    sizes: list[tuple[int, int]], num_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        write(tmp_path / "data" / f"class {number}", sizes)
+    passes = []
+    for free in (10**9, 0):
+        disk_with(monkeypatch, free)
+        monkeypatch.setenv("INFLORA_CACHE", str(tmp_path / f"cache {free}"))
+        splits = imagefolder(tmp_path / "data")
+        assert isinstance(splits.train.images._store, EncodedImages) == (free == 0)  # type: ignore[attr-defined]
+        loading = Loading(torch.device("cpu"), batch_size=16, eval_batch_size=16, seed=0, num_workers=num_workers)
+        transforms = build_transforms("inflora", 16, None, None)
+        sequence = TaskSequence(splits, class_order=[0, 1], task_sizes=[1, 1], transforms=transforms, loading=loading)
+        task = sequence[1]
+        passes.append([*task.batches("train", stream="train"), *task.test_batches(), (task.raw(torch.arange(20))[0], task.num_train)])
+    for (x, y), (other_x, other_y) in zip(*passes, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(torch.as_tensor(y), torch.as_tensor(other_y))
+
+
+def test_an_estimate_that_is_too_high_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = write(tmp_path / "data", [(50, 50), *[(1, 1)] * 9])
+    monkeypatch.setattr(cache, "ESTIMATED_FROM", 1)
+    disk_with(monkeypatch, 10_000)
+    store = load(tmp_path / "data")
+    assert not isinstance(store, EncodedImages)
+    assert_holds(store, pixels)
+
+
+def test_damaged_images_are_named_where_they_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data", MANY_SIZES)
+    whole = (tmp_path / "data" / "class" / "003.png").read_bytes()
+    (tmp_path / "data" / "class" / "003.png").write_bytes(whole[: len(whole) // 2])
+    disk_with(monkeypatch, 0)
+    store = load(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"image class/003\.png in .*data cannot be decoded"):
+        store.fetch(torch.arange(5))
+    (tmp_path / "data" / "class" / "003.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image class/003\.png in .*data cannot be decoded \(not an image Pillow knows\)"):
+        load(tmp_path / "data")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])

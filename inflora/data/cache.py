@@ -3,6 +3,8 @@
 One folder per source of images holds `pixels.bin`, the images' uint8 values one after the other, each as (3, H, W), and `sizes.npy`, their
 (N, 2) heights and widths. The folder's name ends in a fingerprint of the files (paths, sizes, times of change), so a changed source is
 decoded anew. It appears by one rename, when complete; a lock lets one process decode while the others wait.
+
+Images that would fill the disk are not kept: of them the folder has the sizes alone, and they are decoded whenever they are read.
 """
 
 import errno
@@ -16,6 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -33,6 +36,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+SHARE_OF_DISK = 0.8
+"""Of the free space: more is left to others."""
+
+ESTIMATED_FROM = 200
+"""Images whose headers tell how large all are."""
 
 DECODE_CHUNK, DECODE_BYTES = 64, 2**24
 """Images per thread job: small images decode in 0.1 ms, less than it costs to hand a job to a thread. Of large ones, no more than so many
@@ -100,13 +109,35 @@ class VariableImages:
         return len(self.flat)
 
     def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        sizes = self._sizes[rows]
-        height, width = sizes.amax(0).tolist()
-        images = np.zeros((len(rows), 3, height, width), np.uint8)
-        for image, row, (h, w) in zip(images, rows.tolist(), sizes.tolist(), strict=True):
-            start = self._offsets[row]
-            image[:, :h, :w] = self.flat[start : start + 3 * h * w].reshape(3, h, w)
-        return torch.from_numpy(images), sizes
+        sizes = self._sizes[rows].tolist()
+        starts = (self._offsets[row] for row in rows.tolist())
+        return _padded([self.flat[start : start + 3 * h * w].reshape(3, h, w) for start, (h, w) in zip(starts, sizes, strict=True)])
+
+
+class EncodedImages:
+    """The images of a source, decoded whenever they are read; `sizes` is (N, 2), from the files' headers."""
+
+    def __init__(self, source: Source, sizes: Tensor) -> None:
+        assert len(sizes) == len(source.paths), (len(sizes), len(source.paths))
+        self._source = source
+        self.sizes: Tensor | None = sizes
+        self.nbytes = int(3 * sizes.prod(1).sum())
+
+    def __len__(self) -> int:
+        return len(self._source.paths)
+
+    def fetch(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Raises ValueError for a file that is not a readable image."""
+        return _padded([_decode_one(self._source, self._source.paths[row]).transpose(2, 0, 1) for row in rows.tolist()])
+
+
+def _padded(images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Images (3, h, w) as one uint8 (B, 3, H, W), zeros at the bottom and right, and their (B, 2) height and width."""
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    padded = np.zeros((len(images), 3, *sizes.amax(0).tolist()), np.uint8)
+    for place, image in zip(padded, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return torch.from_numpy(padded), sizes
 
 
 class Rows:
@@ -154,7 +185,8 @@ def cache_folder() -> Path:
 def decoded(source: Source, name: str) -> ImageStore:
     """All images of a source, in the order of `source.paths`: from the cache, else decoded and cached.
 
-    Where the cache cannot be written (a read-only home), the images are decoded into memory for this run.
+    Where the cache cannot be written (a read-only home), the images are decoded into memory for this run. Those that would fill the disk
+    are decoded whenever they are read.
 
     Raises:
         ValueError: if a file is not a readable image; the message names it.
@@ -162,7 +194,7 @@ def decoded(source: Source, name: str) -> ImageStore:
     """
     prefix = f"{name}-{source.identity[:12]}"
     entry = cache_folder() / f"{prefix}-{source.fingerprint[:12]}"
-    if (store := _open_entry(entry)) is not None:
+    if (store := _open_entry(entry, source)) is not None and _is_to_stay(store, entry):
         return store
     lock = FileLock(entry.parent / f".{prefix}.lock")
     try:
@@ -174,14 +206,14 @@ def decoded(source: Source, name: str) -> ImageStore:
         sizes = _decode(source, memory)
         return _store(np.frombuffer(memory.getbuffer(), np.uint8), sizes)
     with lock:
-        if (store := _open_entry(entry)) is not None:  # another process was faster
+        if (store := _open_entry(entry, source)) is not None and _is_to_stay(store, entry):  # another process was faster
             return store
         # What a killed process left is overwritten: the name is always the same, and the lock died with it.
         _fill(entry, source, entry.parent / f".{prefix}.partial")
         for old in entry.parent.glob(f"{prefix}-*"):  # earlier states of the same source
             if old != entry:
                 shutil.rmtree(old, ignore_errors=True)
-        store = _open_entry(entry)  # inside the lock: another process may take it for an earlier state
+        store = _open_entry(entry, source)  # inside the lock: another process may take it for an earlier state
     assert store is not None
     return store
 
@@ -192,8 +224,16 @@ def _fill(entry: Path, source: Source, partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        with open(partial / "pixels.bin", "wb") as file:
-            sizes = _decode(source, file)
+        free = shutil.disk_usage(partial).free
+        sizes = None if _fits(_estimated_bytes(source), partial) else _read_sizes(source)
+        if sizes is not None and not _fits(needed := EncodedImages(source, torch.from_numpy(sizes)).nbytes, partial):
+            log.info(
+                "decoded, the images of %s would take %.1f GB, and %s has %.1f GB left: they are decoded whenever they are read; to decode "
+                "them once, set INFLORA_CACHE to a folder on a larger disk", source.location, needed / 1e9, entry.parent, free / 1e9
+            )  # fmt: skip
+        else:
+            with open(partial / "pixels.bin", "wb") as file:
+                sizes = _decode(source, file)
         np.save(partial / "sizes.npy", sizes)
         partial.rename(entry)
     except OSError as error:
@@ -206,14 +246,25 @@ def _fill(entry: Path, source: Source, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open_entry(entry: Path) -> ImageStore | None:
+def _open_entry(entry: Path, source: Source) -> ImageStore | None:
     """The images of a cache entry; None where it is missing or incomplete."""
     try:
         sizes = np.load(entry / "sizes.npy")
+        if not (entry / "pixels.bin").exists():
+            return EncodedImages(source, torch.from_numpy(sizes))
         flat = np.memmap(entry / "pixels.bin", np.uint8, mode="r")  # a writable one would count against the machine's memory
     except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, EOFError):
         return None
     return _store(flat, sizes) if len(flat) == 3 * sizes.prod(1).sum() else None
+
+
+def _is_to_stay(store: ImageStore, entry: Path) -> bool:
+    """Whether there is still no space for the decoded images of an entry that has only their sizes; one that has all is to stay."""
+    return not isinstance(store, EncodedImages) or not _fits(store.nbytes, entry)
+
+
+def _fits(num_bytes: int, folder: Path) -> bool:
+    return num_bytes <= SHARE_OF_DISK * shutil.disk_usage(folder).free
 
 
 def _store(flat: np.ndarray, sizes: np.ndarray) -> ImageStore:
@@ -228,27 +279,44 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     """Write all images of a source to `file`; returns their (N, 2) heights and widths."""
     log.info("decoding %d images of %s, once", len(source.paths), source.location)
     size = max(1, min(DECODE_CHUNK, DECODE_BYTES // _decoded_bytes(source, source.paths[0])))
+    sizes: list[tuple[int, int]] = []
+    for image in _of_all(source, _decode_one, "decoding", size):
+        sizes.append((image.shape[0], image.shape[1]))
+        file.write(image.transpose(2, 0, 1).tobytes())
+    return np.array(sizes, dtype=np.int64)
+
+
+def _read_sizes(source: Source) -> np.ndarray:
+    """(N, 2) heights and widths of all images of a source, from their headers."""
+    return np.array(list(_of_all(source, _size_of, "looking at", DECODE_CHUNK)), dtype=np.int64)
+
+
+def _of_all(source: Source, look: Callable[[Source, str], T], verb: str, size: int) -> Iterator[T]:
+    """`look` at every image of a source, in order, `size` of them per thread job, with a progress bar."""
     chunks = [source.paths[start : start + size] for start in range(0, len(source.paths), size)]
     num_threads = min(16, os.cpu_count() or 1)
-    sizes: list[tuple[int, int]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task(f"decoding {source.location.name}", total=len(source.paths))
-        for images in map_ahead(lambda paths: [_decode_one(source, path) for path in paths], chunks, num_threads, 2 * num_threads):
-            for image in images:
-                sizes.append((image.shape[0], image.shape[1]))
-                file.write(image.transpose(2, 0, 1).tobytes())
-            progress.advance(bar, len(images))
-    return np.array(sizes, dtype=np.int64)
+        bar = progress.add_task(f"{verb} {source.location.name}", total=len(source.paths))
+        for found in map_ahead(lambda paths: [look(source, path) for path in paths], chunks, num_threads, 2 * num_threads):
+            yield from found
+            progress.advance(bar, len(found))
+
+
+def _estimated_bytes(source: Source) -> int:
+    """Of all images decoded, from the headers of some, evenly spaced."""
+    step = -(-len(source.paths) // ESTIMATED_FROM)
+    some = source.paths[::step]
+    return sum(_decoded_bytes(source, path) for path in some) * len(source.paths) // len(some)
 
 
 def _decoded_bytes(source: Source, path: str) -> int:
     """Of one image, from its header; 1 where that cannot be read, which decoding will say."""
     try:
-        with Image.open(io.BytesIO(source.read(path))) as image:
-            return 3 * image.width * image.height
-    except Exception:
+        height, width = _size_of(source, path)
+    except ValueError:
         return 1
+    return 3 * height * width
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -265,9 +333,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _decode_one(source: Source, path: str) -> np.ndarray:
+    with _open_image(source, path) as image:
+        return np.asarray(to_rgb(image))
+
+
+def _size_of(source: Source, path: str) -> tuple[int, int]:
+    with _open_image(source, path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _open_image(source: Source, path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(source.read(path))) as image:
-            return np.asarray(to_rgb(image))
+            yield image
     except Exception as error:  # damaged files make Pillow raise anything from OSError to SyntaxError
         reason = "not an image Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error) or type(error).__name__
         raise ValueError(f"image {path} in {source.location} cannot be decoded ({reason}); replace or remove it, then run again") from error
