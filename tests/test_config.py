@@ -67,7 +67,7 @@ def test_data_sets(name):
     assert (CONF / "dataset" / f"{name}.yaml").read_text().startswith("# @package _global_\n# ")
 
 
-@pytest.mark.parametrize("name", [name for name in names("dataset") if name.startswith(("cifar100", "imagenet_r"))])
+@pytest.mark.parametrize("name", [name for name in names("dataset") if name.startswith(("cifar100", "imagenet_r", "domainnet"))])
 def test_published_data_sets_bring_the_published_backbone(name):
     assert compose_valid(f"dataset={name}").backbone.name == "vit_base_patch16_224.augreg_in21k"
     assert compose_valid(f"dataset={name}").dataset.normalize == "none", "as published: inputs stay in [0, 1]"

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import inspect
+import itertools
 import os
 import pickle
 import shutil
@@ -26,7 +27,7 @@ from sklearn.datasets import load_digits
 
 from inflora.config import DatasetConfig
 from inflora.data import cache, datasets
-from inflora.data.datasets import Splits, cifar100, digits, hash_paths, imagefolder, imagenet_r
+from inflora.data.datasets import Splits, cifar100, digits, domainnet, hash_paths, imagefolder, imagenet_r
 from inflora.data.tasks import Loading, TaskSequence, split_task_sizes
 from inflora.data.transforms import build_transforms
 
@@ -565,6 +566,74 @@ def test_splits_share_the_decoded_images_and_leave_an_index(tmp_path: Path, own_
     assert [path for part, path in rows[1:] if part == "test"] == splits.test.paths
 
 
+# ------------------------------------------------------------------------------------------------------------------------- DomainNet
+
+DOMAINS = ["clipart", "infograph", "painting", "real", "sketch"]
+
+
+def drawings() -> list[str]:
+    """As they are called there: two classes in five domains, three images of each."""
+    classes = {"aircraft_carrier": 1, "zigzag": 345}
+    pairs = itertools.product(DOMAINS, classes.items(), range(3))
+    return [f"{domain}/{name}/{domain}_{number:03d}_{image:06d}.jpg" for domain, (name, number), image in pairs]
+
+
+def domainnet_lists(root: Path) -> tuple[list[str], list[str]]:
+    """List files with zigzag before the aircraft carrier; returns the names listed for training and for test."""
+    names = drawings()
+    parts = {"train": [name for number, name in enumerate(names) if number % 3], "test": names[::3]}
+    for part, listed in parts.items():
+        content = {"data": [f"data/domainnet/{name}" for name in listed], "targets": [int("zigzag" not in name) for name in listed]}
+        (root / f"domainnet_{part}.yaml").write_text(yaml.safe_dump(content))
+    return parts["train"], parts["test"]
+
+
+@pytest.mark.parametrize("layout", ["domainnet", "content", "zip"])
+def test_domainnet_takes_its_numbering_from_the_lists_and_leaves_quickdraw(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write(tmp_path / "build", [*drawings(), "quickdraw/zigzag/quickdraw_345_000000.png"], (8, 9))
+    root = images if layout == "content" else tmp_path / "data"
+    if layout == "domainnet":
+        shutil.copytree(images, root / "domainnet")
+    elif layout == "zip":
+        zipped(images, root / "DomainNet.zip")
+    train, test = domainnet_lists(root)
+    splits = domainnet(root, split="coda")
+    assert_disjoint_and_complete(splits)
+    assert (sorted(splits.train.paths), sorted(splits.test.paths)) == (sorted(train), sorted(test))
+    assert splits.class_names == ["zigzag", "aircraft_carrier"] and splits.split_id == "coda"
+    for part in (splits.train, splits.test):
+        assert [splits.class_names[label] for label in part.labels] == [path.split("/")[1] for path in part.paths]
+        for row, path in enumerate(part.paths):
+            pixels, _ = part.images.fetch(torch.tensor([row]))
+            assert np.array_equal(pixels[0].permute(1, 2, 0), np.asarray(Image.open(tmp_path / "build" / path)))
+    assert "2 classes (345), 20 train (338808), 10 test (84702)" in caplog.text
+
+
+def test_domainnet_without_its_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(tmp_path / "data", drawings(), (8, 9))
+    with pytest.raises(FileNotFoundError, match=r"list files domainnet_train.yaml and domainnet_test.yaml of CODA-Prompt, and .* is"):
+        domainnet(root, split="coda")
+    splits = domainnet(root, split="stratified:1")
+    assert_disjoint_and_complete(splits)
+    assert splits.class_names == ["aircraft_carrier", "zigzag"] and splits.test.labels.bincount().tolist() == [3, 3]
+    assert "published" not in caplog.text
+    with pytest.raises(ValueError, match=r"dataset.split=folders is unknown; choose coda or stratified:<seed>"):
+        domainnet(root, split="folders")
+
+
+def test_missing_domainnet(tmp_path: Path) -> None:
+    root = write(tmp_path / "data", [name for name in drawings() if not name.startswith("sketch/")], (8, 9))
+    with pytest.raises(FileNotFoundError) as caught:
+        domainnet(root, split="coda")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and "domainnet/<domain>/<class>/*" in lines[1] and "dataset.root=" in lines[2]
+    write(root, ["sketch/sketch_001_000001.jpg"], (8, 9))
+    with pytest.raises(ValueError, match=r"needs <domain>/<class>/[*], but sketch/sketch_001_000001.jpg does not lie so"):
+        domainnet(root, split="coda")
+
+
 # ----------------------------------------------------------------------------------------------------------------------- own folders
 
 
@@ -686,10 +755,10 @@ def test_configurations_name_what_exists(path: Path) -> None:
     assert module == "inflora.data.datasets"
     assert set(inspect.signature(getattr(datasets, function)).parameters) == {"root", "split"} | set(keys["options"])
     build_transforms(keys["transform"], 32)
-    num_classes = {"digits": 10, "cifar100": 100, "imagenet_r": 200}.get(function, 20)
+    num_classes = {"digits": 10, "cifar100": 100, "imagenet_r": 200, "domainnet": 345}.get(function, 20)
     assert len(set(split_task_sizes(num_classes, keys["num_tasks"], keys["task_sizes"]))) == 1
     assert keys["class_order"] == "natural" and keys["validation_fraction"] == 0 and keys["image_size"] is None
-    if function in ("cifar100", "imagenet_r"):
+    if function in ("cifar100", "imagenet_r", "domainnet"):
         assert path.stem == f"{function}_{keys['num_tasks']}task" and keys["normalize"] == "none"
 
 

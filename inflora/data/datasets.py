@@ -16,7 +16,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -334,17 +334,14 @@ def imagenet_r(root: Path, *, split: str) -> Splits:
         permutation = torch.randperm(len(names), generator=torch.Generator().manual_seed(_INFLORA_SPLIT_SEED))
         train, test = permutation.split([num_train := round(0.8 * len(names)), len(names) - num_train])
     elif split == "coda":
-        train, test, labels, class_names = _coda_lists(root, names)
+        train, test, labels, class_names = _coda_lists(root, "imagenet-r", names)
     else:
         train, test = _stratified(labels, int(split.removeprefix("stratified:")))
-    train, test = train.sort().values, test.sort().values
-    test_hash = hash_paths([names[row] for row in test.tolist()])
-    if split in _IMAGENET_R_HASHES and test_hash != _IMAGENET_R_HASHES[split]:
-        log.warning("the test images are not those of the published split %s of ImageNet-R", split)
-        split = f"{split} (unpublished)"
     images = Rows(decoded(source, "imagenet_r"), torch.tensor(order))
-    _keep_index(f"imagenet_r-{test_hash[:12]}", names, train, test)
-    splits = Splits(_subset(images, labels, names, train), _subset(images, labels, names, test), class_names, split)
+    splits = _divided(images, names, labels, class_names, train, test, split, "imagenet_r")
+    if split in _IMAGENET_R_HASHES and hash_paths(splits.test.paths) != _IMAGENET_R_HASHES[split]:
+        log.warning("the test images are not those of the published split %s of ImageNet-R", split)
+        splits = replace(splits, split_id=f"{split} (unpublished)")
     return _warn_unless_published("ImageNet-R", splits, num_classes=200, num_train=24_000, num_test=6_000)
 
 
@@ -357,23 +354,31 @@ def _is_of_wnids(source: Source) -> bool:
     return any(_WNID.fullmatch(folder) for path in source.paths for folder in path.split("/")[:-1])
 
 
-def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Rows of training and test images, labels of all rows, and class names, from the list files of CODA-Prompt."""
+def _coda_lists(root: Path, prefix: str, names: list[str]) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """Rows of training and test images, labels of all rows, and class names, from the list files of CODA-Prompt.
+
+    Args:
+        root: a folder with `<prefix>_train.yaml` and `<prefix>_test.yaml`, or an archive beside them.
+        prefix: of the files' names.
+        names: of all images, ".../class/file"; what the lists have before them does not matter.
+    """
     folder = root if root.is_dir() else root.parent
     row_of = {name: row for row, name in enumerate(names)}
+    num_parts = names[0].count("/") + 1
     labels = torch.full((len(names),), -1)
-    wnids: dict[int, str] = {}
+    found_names: dict[int, str] = {}
     both = []
     for part in ("train", "test"):
-        path = folder / f"imagenet-r_{part}.yaml"
+        path = folder / f"{prefix}_{part}.yaml"
         if not path.is_file():
             raise FileNotFoundError(
-                f"dataset.split=coda needs the list files imagenet-r_train.yaml and imagenet-r_test.yaml of CODA-Prompt, and {path} "
-                "is missing; put them into dataset.root, or choose dataset.split=inflora"
+                f"dataset.split=coda needs the list files {prefix}_train.yaml and {prefix}_test.yaml of CODA-Prompt, and {path} "
+                "is missing; put them into dataset.root, or choose another dataset.split"
             )
         try:  # with the C parser where there is one: 0.4 s for the published lists
             content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            listed = {"/".join(path.split("/")[-2:]): int(label) for path, label in zip(content["data"], content["targets"], strict=True)}
+            pairs = zip(content["data"], content["targets"], strict=True)
+            listed = {"/".join(path.split("/")[-num_parts:]): int(label) for path, label in pairs}
         except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no list file: it needs `data`, a list of paths, and `targets`, a label for each") from error
         missing = [name for name in listed if name not in row_of]
@@ -381,13 +386,23 @@ def _coda_lists(root: Path, names: list[str]) -> tuple[Tensor, Tensor, Tensor, l
             raise ValueError(f"{path} lists {len(missing)} images that are not in dataset.root, {missing[0]} for one")
         rows = torch.tensor([row_of[name] for name in listed])
         labels[rows] = torch.tensor(list(listed.values()))
-        wnids.update({label: name.split("/")[0] for name, label in listed.items()})
+        found_names.update({label: name.split("/")[-2] for name, label in listed.items()})
         both.append(rows)
     if twice := sorted(set(both[0].tolist()) & set(both[1].tolist())):
-        raise ValueError(f"the imagenet-r list files in {folder} both list {names[twice[0]]}; an image is for training or for testing")
-    if sorted(wnids) != list(range(len(wnids))):
-        raise ValueError(f"the targets of the imagenet-r list files in {folder} are not numbered 0..{len(wnids) - 1}")
-    return *both, labels, [wnids[label] for label in range(len(wnids))]
+        raise ValueError(f"the {prefix} list files in {folder} both list {names[twice[0]]}; an image is for training or for testing")
+    if sorted(found_names) != list(range(len(found_names))):
+        raise ValueError(f"the targets of the {prefix} list files in {folder} are not numbered 0..{len(found_names) - 1}")
+    return *both, labels, [found_names[label] for label in range(len(found_names))]
+
+
+def _divided(
+    images: ImageStore, names: list[str], labels: Tensor, class_names: list[str], train: Tensor, test: Tensor, split: str, dataset: str
+) -> Splits:
+    """These rows for training and for testing, in ascending order; which they are is kept beside the decoded images."""
+    train, test = train.sort().values, test.sort().values
+    splits = Splits(_subset(images, labels, names, train), _subset(images, labels, names, test), class_names, split)
+    _keep_index(f"{dataset}-{hash_paths(splits.test.paths)[:12]}", names, train, test)
+    return splits
 
 
 def _keep_index(name: str, paths: list[str], train: Tensor, test: Tensor) -> None:
@@ -400,6 +415,50 @@ def _keep_index(name: str, paths: list[str], train: Tensor, test: Tensor) -> Non
             path.write_text("".join(["split,path\n", *(f"{part[row]},{paths[row]}\n" for row in sorted(part))]), encoding="utf-8")
     except OSError as error:
         log.warning("cannot keep the index of the split: %s", error)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- DomainNet
+
+_DOMAINS = {"clipart", "infograph", "painting", "real", "sketch"}  # no quickdraw: the published lists have none
+
+
+def domainnet(root: Path, *, split: str) -> Splits:
+    """DomainNet for class-incremental learning: 423,510 pictures of 345 classes, each class in five domains, mixed in every task.
+
+    Accepted in `root`: a folder `domainnet` with `<domain>/<class>/*` (the original images, not the cleaned ones), or its content, or a
+    zip or tar of it (see `find_source`). Quickdraw may lie beside the five domains and is not looked at.
+
+    Args:
+        root: `dataset.root`.
+        split: "coda", the list files of CODA-Prompt and InfLoRA, `domainnet_train.yaml` and `domainnet_test.yaml`, which the user puts into
+            `root` (class numbers are the lists' own); "stratified:<seed>", 80/20 within every class, whose numbers are not comparable with
+            published ones.
+
+    Raises:
+        FileNotFoundError: if images or list files are missing.
+        ValueError: if `split` is none of these.
+    """
+    if re.fullmatch(r"coda|stratified:\d+", str(split)) is None:
+        raise ValueError(f"dataset.split={split} is unknown; choose coda or stratified:<seed>")
+    source = find_source(root, "domainnet", lambda folders: sorted(_DOMAINS) if folders >= _DOMAINS else [])
+    if source is None:
+        raise FileNotFoundError(
+            f"DomainNet is not in {root.resolve()}.\n"
+            f"Put its images there as domainnet/<domain>/<class>/*, for the domains {', '.join(sorted(_DOMAINS))} (its authors' zips,\n"
+            "unpacked; the original images, not the cleaned ones), or say where they are with dataset.root=FOLDER"
+        )
+    names = source.paths
+    if stray := next((name for name in names if name.count("/") != 2), None):
+        raise ValueError(f"{source.location} needs <domain>/<class>/*, but {stray} does not lie so; move it there or remove it")
+    if split == "coda":
+        train, test, labels, class_names = _coda_lists(root, "domainnet", names)
+    else:
+        labels, class_names = _labels([name.split("/")[1] for name in names])
+        train, test = _stratified(labels, int(split.removeprefix("stratified:")))
+    splits = _divided(decoded(source, "domainnet"), names, labels, class_names, train, test, split, "domainnet")
+    if split == "coda":
+        _warn_unless_published("DomainNet", splits, num_classes=345, num_train=338_808, num_test=84_702)
+    return splits
 
 
 # --------------------------------------------------------------------------------------------------------------------- own folders
