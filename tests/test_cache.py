@@ -201,7 +201,7 @@ def test_what_would_fill_the_disk_is_decoded_whenever_it_is_read(
     disk_with(monkeypatch, int(needed / SHARE_OF_DISK) - 1)
     caplog.set_level("INFO")
     store = load(tmp_path / "data")
-    assert isinstance(store, EncodedImages) and "they are decoded whenever they are read" in caplog.text
+    assert isinstance(store, EncodedImages) and "they are decoded whenever they are read, by trainer.num_workers threads" in caplog.text
     assert_holds(store, pixels)
     (entry,) = entries(own_cache)
     assert [file.name for file in entry.iterdir()] == ["sizes.npy"]

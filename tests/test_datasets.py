@@ -629,6 +629,10 @@ def test_missing_domainnet(tmp_path: Path) -> None:
         domainnet(root, split="coda")
     lines = str(caught.value).splitlines()
     assert len(lines) == 3 and "domainnet/<domain>/<class>/*" in lines[1] and "dataset.root=" in lines[2]
+    for domain in DOMAINS:
+        (tmp_path / "empty" / domain).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="DomainNet is not in"):
+        domainnet(tmp_path / "empty", split="coda")
     write(root, ["sketch/sketch_001_000001.jpg"], (8, 9))
     with pytest.raises(ValueError, match=r"needs <domain>/<class>/[*], but sketch/sketch_001_000001.jpg does not lie so"):
         domainnet(root, split="coda")

@@ -228,8 +228,9 @@ def _fill(entry: Path, source: Source, partial: Path) -> None:
         sizes = None if _fits(_estimated_bytes(source), partial) else _read_sizes(source)
         if sizes is not None and not _fits(needed := EncodedImages(source, torch.from_numpy(sizes)).nbytes, partial):
             log.info(
-                "decoded, the images of %s would take %.1f GB, and %s has %.1f GB left: they are decoded whenever they are read; to decode "
-                "them once, set INFLORA_CACHE to a folder on a larger disk", source.location, needed / 1e9, entry.parent, free / 1e9
+                "decoded, the images of %s would take %.1f GB, and %s has %.1f GB left: they are decoded whenever they are read, by "
+                "trainer.num_workers threads; to decode them once, set INFLORA_CACHE to a folder on a larger disk",
+                source.location, needed / 1e9, entry.parent, free / 1e9,
             )  # fmt: skip
         else:
             with open(partial / "pixels.bin", "wb") as file:

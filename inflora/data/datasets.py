@@ -440,7 +440,9 @@ def domainnet(root: Path, *, split: str) -> Splits:
     """
     if re.fullmatch(r"coda|stratified:\d+", str(split)) is None:
         raise ValueError(f"dataset.split={split} is unknown; choose coda or stratified:<seed>")
-    source = find_source(root, "domainnet", lambda folders: sorted(_DOMAINS) if folders >= _DOMAINS else [])
+    source = find_source(
+        root, "domainnet", lambda folders: sorted(_DOMAINS) if folders >= _DOMAINS else [], lambda found: bool(found.paths)
+    )
     if source is None:
         raise FileNotFoundError(
             f"DomainNet is not in {root.resolve()}.\n"
