@@ -214,7 +214,8 @@ def check(cfg: DictConfig) -> None:
         # `+key=value` adds to what the schema names, and nobody would read it.
         groups = {"dataset.": DatasetConfig, "backbone.": BackboneConfig, "trainer.": TrainerConfig, "published.": PublishedConfig}
         for prefix, schema in {"": RunConfig, **groups}.items():
-            added = sorted(set(cfg[prefix[:-1]] if prefix else cfg) - {each.name for each in fields(schema)} - {"hydra"})
+            found = OmegaConf.select(cfg, prefix[:-1]) or {} if prefix else cfg  # runs of earlier versions have no `published`
+            added = sorted(set(found) - {each.name for each in fields(schema)} - {"hydra"})
             faults += [f"{prefix}{key} is not a key of this configuration; {ALL_KEYS}" for key in added]
         for key, allowed in CHOICES.items():
             value = str(OmegaConf.select(cfg, key))

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import toy
+import yaml
 from helpers import METHODS, ROOT, run_toy
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from inflora import evaluate, export, predict
+from inflora import evaluate, export, predict, report
 from inflora.backbone import build_backbone
 from inflora.checkpoint import load
 from inflora.data import transforms
@@ -245,6 +246,18 @@ def test_a_run_in_float16_is_tested_on_a_cpu(tmp_path: Path):
     assert "precision: '16'" in (tmp_path / "config.yaml").read_text()
     now, recorded = evaluate.evaluate_run(tmp_path)
     assert now == pytest.approx(recorded)
+
+
+def test_a_run_of_a_version_without_published_recipes_is_tested_exported_and_reported(tmp_path: Path):
+    run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")
+    for file, text in (("config.yaml", yaml.safe_dump), ("summary.json", json.dumps)):
+        content = yaml.safe_load((tmp_path / file).read_text())
+        del content["published"]
+        (tmp_path / file).write_text(text(content))
+    assert evaluate.main([str(tmp_path)]) == 0
+    assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    report.write([tmp_path], tmp_path / "report")
+    assert run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")["method"] == "linear_probe", "and looked up"
 
 
 @pytest.mark.parametrize("method", ["sequential", "lae", "l2p", "aper", "hide_prompt", "slca"])
