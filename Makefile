@@ -5,7 +5,7 @@ PY := .venv/bin/python
 .PHONY: help demo test test-slow test-oldest test-gpu lint bench
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # An interpreter that no longer starts, after an upgrade of the system say, is set up anew.
 ifeq ($(shell $(PY) -c 'print("starts")' 2>/dev/null),)
@@ -35,7 +35,6 @@ test: .venv/dev.stamp  ## set up, run the tests (minutes, CPU)
 test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command line; real images if INFLORA_TEST_DATA is set
 	$(PY) -m pytest -m "slow or data"
 
-# Old packages warn of newer ones beside them.
 .venv-oldest/stamp: pyproject.toml requirements-dev.txt | .venv/run.stamp
 	$(PY) -m venv --clear .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=70.1' \
@@ -43,6 +42,7 @@ test-slow: .venv/dev.stamp  ## kills, sweeps, every method through the command l
 		$$(grep -E '^(pytest|hypothesis|nb|ipykernel|onnx|wandb|tensorboard)' requirements-dev.txt)
 	@touch $@
 
+# Old packages warn of newer ones beside them: no errors here.
 test-oldest: .venv-oldest/stamp  ## the tests with the oldest versions that pyproject.toml allows
 	.venv-oldest/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal -W default
 

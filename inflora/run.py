@@ -63,13 +63,13 @@ class Origin:
         names: the choices made: `dataset`, `method`, `backbone`.
         applied_files: the recipe, inputs and tuning files that went into it, as `recipe/cifar100_10task_inflora`.
         hydra_files: file name -> content for `.hydra/`.
-        changes: what was typed, such as `trainer.epochs=1`, that may change what comes of the recipe.
+        changes: what was typed, such as `trainer.epochs=1`, that may change what comes of the recipe; None: not known.
     """
 
     names: dict[str, str]
     applied_files: list[str] = field(default_factory=list)
     hydra_files: dict[str, str] = field(default_factory=dict)
-    changes: list[str] = field(default_factory=list)
+    changes: list[str] | None = None
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> "Origin":
@@ -500,7 +500,7 @@ def _announce(parts: Parts, plain: dict[str, Any], origin: Origin) -> dict[str, 
 
 def _recipe(plain: dict[str, Any], origin: Origin) -> dict[str, Any]:
     """For the records: the files found by name, and what the recipe among them says of itself; None where none says anything."""
-    published = plain["published"]
+    published = plain.get("published") or {"source": None}  # a configuration of an earlier version has none
     return {
         "applied_files": origin.applied_files,
         "published": None if published["source"] is None else {**published, "changes": origin.changes},

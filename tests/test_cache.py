@@ -206,12 +206,13 @@ def test_what_would_fill_the_disk_is_decoded_whenever_it_is_read(
     (entry,) = entries(own_cache)
     assert [file.name for file in entry.iterdir()] == ["sizes.npy"]
 
-    monkeypatch.setattr(cache, "_size_of", refuse)
-    again = load(tmp_path / "data")
+    caplog.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_open_image", refuse)
+        again = load(tmp_path / "data")
     assert isinstance(again, EncodedImages), "without looking at the files"
+    assert "they are decoded whenever they are read" in caplog.text
     assert_holds(again, pixels)
-    monkeypatch.undo()
-    monkeypatch.setenv("INFLORA_CACHE", str(own_cache))
 
     disk_with(monkeypatch, int(needed / SHARE_OF_DISK) + 1)
     store = load(tmp_path / "data")
@@ -243,23 +244,33 @@ def test_a_run_sees_the_same_images_whenever_they_are_decoded(
         assert torch.equal(x, other_x) and torch.equal(torch.as_tensor(y), torch.as_tensor(other_y))
 
 
-def test_an_estimate_that_is_too_high_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_that_is_too_high_costs_one_run_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = write(tmp_path / "data", [(50, 50), *[(1, 1)] * 9])
     monkeypatch.setattr(cache, "ESTIMATED_FROM", 1)
     disk_with(monkeypatch, 10_000)
+    assert isinstance(load(tmp_path / "data"), EncodedImages)
     store = load(tmp_path / "data")
-    assert not isinstance(store, EncodedImages)
+    assert not isinstance(store, EncodedImages), "their sizes are known now"
     assert_holds(store, pixels)
 
 
-def test_damaged_images_are_named_where_they_are_decoded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_state_makes_room_for_the_next(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data", MANY_SIZES)
+    load(tmp_path / "data")
+    write(tmp_path / "data", ONE_SIZE)
+    monkeypatch.setattr(
+        cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 0 if list(own_cache.glob("*/pixels.bin")) else 10**9)
+    )
+    assert not isinstance(load(tmp_path / "data"), EncodedImages)
+
+
+def test_damaged_images_are_named_before_a_run_that_decodes_them_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "data", MANY_SIZES)
     whole = (tmp_path / "data" / "class" / "003.png").read_bytes()
     (tmp_path / "data" / "class" / "003.png").write_bytes(whole[: len(whole) // 2])
     disk_with(monkeypatch, 0)
-    store = load(tmp_path / "data")
     with pytest.raises(ValueError, match=r"image class/003\.png in .*data cannot be decoded"):
-        store.fetch(torch.arange(5))
+        load(tmp_path / "data")
     (tmp_path / "data" / "class" / "003.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image class/003\.png in .*data cannot be decoded \(not an image Pillow knows\)"):
         load(tmp_path / "data")

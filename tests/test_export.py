@@ -14,6 +14,7 @@ import torch
 import toy
 import yaml
 from helpers import METHODS, ROOT, run_toy
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
@@ -27,6 +28,7 @@ from inflora.data import transforms
 from inflora.export import export_run, model_config
 from inflora.methods.linear_probe import LinearProbe
 from inflora.results import read_summary
+from inflora.run import run
 
 EXPORTED = {
     "c_lora", "derpp", "er", "ewc", "inclora", "inclora_frozen", "inflora", "inflora_b5", "inflora_ca", "joint", "linear_probe", "lwf",
@@ -258,6 +260,8 @@ def test_a_run_of_a_version_without_published_recipes_is_tested_exported_and_rep
     assert export.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     report.write([tmp_path], tmp_path / "report")
     assert run_toy(tmp_path, "method=linear_probe", "trainer.epochs=1")["method"] == "linear_probe", "and looked up"
+    (tmp_path / "summary.json").unlink()
+    assert run(OmegaConf.load(tmp_path / "config.yaml"))["published"] is None, "and gone on with"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["sequential", "lae", "l2p", "aper", "hide_prompt", "slca"])

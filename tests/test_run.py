@@ -230,6 +230,7 @@ def test_a_recipe_is_told_with_what_was_published_and_typed(tmp_path):
         "changes": ["trainer.epochs=1"],
     }  # fmt: skip
     assert summary_of(tmp_path)["published"] == read_events(tmp_path, "run")[0]["published"] == expected
+    assert run(toy_config(tmp_path / "python", "method=linear_probe", "trainer.epochs=1", *published))["published"]["changes"] is None
     again = toy_config(tmp_path, "method=linear_probe", "trainer.epochs=1", "published.source=B et al.")
     assert run(again)["published"] == expected, "what a recipe says of itself makes no other run"
 

@@ -115,7 +115,7 @@ class VariableImages:
 
 
 class EncodedImages:
-    """The images of a source, decoded whenever they are read; `sizes` is (N, 2), from the files' headers."""
+    """The images of a source, decoded whenever they are read; `sizes` is (N, 2)."""
 
     def __init__(self, source: Source, sizes: Tensor) -> None:
         assert len(sizes) == len(source.paths), (len(sizes), len(source.paths))
@@ -185,13 +185,24 @@ def cache_folder() -> Path:
 def decoded(source: Source, name: str) -> ImageStore:
     """All images of a source, in the order of `source.paths`: from the cache, else decoded and cached.
 
-    Where the cache cannot be written (a read-only home), the images are decoded into memory for this run. Those that would fill the disk
-    are decoded whenever they are read.
+    Where the cache cannot be written (a read-only home), the images are decoded into memory for this run. Those that would fill the disk,
+    or half of the memory, are decoded whenever they are read.
 
     Raises:
         ValueError: if a file is not a readable image; the message names it.
         OSError: if the disk is full.
     """
+    store = _find_or_decode(source, name)
+    if isinstance(store, EncodedImages):
+        log.info(
+            "decoded, the images of %s would take %.1f GB, more than there is space for: they are decoded whenever they are read, by "
+            "trainer.num_workers threads; to decode them once, set INFLORA_CACHE to a folder on a larger disk",
+            source.location, store.nbytes / 1e9,
+        )  # fmt: skip
+    return store
+
+
+def _find_or_decode(source: Source, name: str) -> ImageStore:
     prefix = f"{name}-{source.identity[:12]}"
     entry = cache_folder() / f"{prefix}-{source.fingerprint[:12]}"
     if (store := _open_entry(entry, source)) is not None and _is_to_stay(store, entry):
@@ -202,39 +213,36 @@ def decoded(source: Source, name: str) -> ImageStore:
         lock.acquire()
     except OSError as error:
         log.warning("cannot write the image cache (%s): decoding into memory for this run; set INFLORA_CACHE to a writable folder", error)
+        if _estimated_bytes(source) > _memory_bytes() / 2:
+            return EncodedImages(source, torch.from_numpy(_decoded_sizes(source)))
         memory = io.BytesIO()
         sizes = _decode(source, memory)
         return _store(np.frombuffer(memory.getbuffer(), np.uint8), sizes)
     with lock:
         if (store := _open_entry(entry, source)) is not None and _is_to_stay(store, entry):  # another process was faster
             return store
-        # What a killed process left is overwritten: the name is always the same, and the lock died with it.
-        _fill(entry, source, entry.parent / f".{prefix}.partial")
-        for old in entry.parent.glob(f"{prefix}-*"):  # earlier states of the same source
+        for old in entry.parent.glob(f"{prefix}-*"):  # earlier states of the same source, whose space may be needed
             if old != entry:
                 shutil.rmtree(old, ignore_errors=True)
+        # What a killed process left is overwritten: the name is always the same, and the lock died with it.
+        needed = store.nbytes if isinstance(store, EncodedImages) else _estimated_bytes(source)
+        _fill(entry, source, entry.parent / f".{prefix}.partial", needed)
         store = _open_entry(entry, source)  # inside the lock: another process may take it for an earlier state
     assert store is not None
     return store
 
 
-def _fill(entry: Path, source: Source, partial: Path) -> None:
-    """Decode into the folder `partial`, which becomes the cache entry."""
+def _fill(entry: Path, source: Source, partial: Path, needed: int) -> None:
+    """Decode into the folder `partial`, which becomes the cache entry; where there is no space for `needed` bytes, only sizes go there."""
     shutil.rmtree(entry, ignore_errors=True)  # damaged, if it is there
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        free = shutil.disk_usage(partial).free
-        sizes = None if _fits(_estimated_bytes(source), partial) else _read_sizes(source)
-        if sizes is not None and not _fits(needed := EncodedImages(source, torch.from_numpy(sizes)).nbytes, partial):
-            log.info(
-                "decoded, the images of %s would take %.1f GB, and %s has %.1f GB left: they are decoded whenever they are read, by "
-                "trainer.num_workers threads; to decode them once, set INFLORA_CACHE to a folder on a larger disk",
-                source.location, needed / 1e9, entry.parent, free / 1e9,
-            )  # fmt: skip
-        else:
+        if _fits(needed, partial):
             with open(partial / "pixels.bin", "wb") as file:
                 sizes = _decode(source, file)
+        else:
+            sizes = _decoded_sizes(source)
         np.save(partial / "sizes.npy", sizes)
         partial.rename(entry)
     except OSError as error:
@@ -261,7 +269,15 @@ def _open_entry(entry: Path, source: Source) -> ImageStore | None:
 
 def _is_to_stay(store: ImageStore, entry: Path) -> bool:
     """Whether there is still no space for the decoded images of an entry that has only their sizes; one that has all is to stay."""
-    return not isinstance(store, EncodedImages) or not _fits(store.nbytes, entry)
+    return not isinstance(store, EncodedImages) or not _fits(store.nbytes, entry.parent)  # the entry may go at any moment
+
+
+def _memory_bytes() -> float:
+    """Of this machine; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def _fits(num_bytes: int, folder: Path) -> bool:
@@ -287,9 +303,10 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
     return np.array(sizes, dtype=np.int64)
 
 
-def _read_sizes(source: Source) -> np.ndarray:
-    """(N, 2) heights and widths of all images of a source, from their headers."""
-    return np.array(list(_of_all(source, _size_of, "looking at", DECODE_CHUNK)), dtype=np.int64)
+def _decoded_sizes(source: Source) -> np.ndarray:
+    """(N, 2) heights and widths of all images of a source, each decoded to see that it can be: later it would end a run on its way."""
+    log.info("looking at %d images of %s, once", len(source.paths), source.location)
+    return np.array(list(_of_all(source, lambda *image: _decode_one(*image).shape[:2], "looking at", 1)), dtype=np.int64)
 
 
 def _of_all(source: Source, look: Callable[[Source, str], T], verb: str, size: int) -> Iterator[T]:

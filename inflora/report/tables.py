@@ -121,7 +121,8 @@ def published_table(section: Section) -> Table | None:
     """The published accuracy of the groups' recipes beside what was reached here; None where there is none."""
     rows = []
     for group in section.groups:
-        published = group.runs[-1].summary.get("published") or {}
+        known = [found for run in group.runs if (found := run.summary.get("published"))]
+        published = known[-1] if known else {}
         figures = [published.get(name) for name in _PUBLISHED]
         if figures != [None, None]:
             cells = (
@@ -129,7 +130,7 @@ def published_table(section: Section) -> Table | None:
                 for name, figure in zip(_PUBLISHED, figures, strict=True)
                 for text in (statistic_text(group.statistic(name)), UNDEFINED if figure is None else percent_text(figure))
             )
-            typed = dict.fromkeys(change for run in group.runs for change in (run.summary.get("published") or {}).get("changes", []))
+            typed = dict.fromkeys(change for found in known for change in (["not known"] if found["changes"] is None else found["changes"]))
             by = published["figures"] or published["source"]
             rows.append([group.label, *cells, by, "; ".join(published["differs"]) or UNDEFINED, ", ".join(typed) or UNDEFINED])
     header = ["method", "last", "last, published", "average", "average, published", "published by", "otherwise there", "changed here"]
@@ -166,7 +167,7 @@ def runs_frame(sections: Iterable[Section]) -> pd.DataFrame:
     for section in sections:
         for group in section.groups:
             for run in group.runs:
-                scalars = {name: value for name, value in run.summary.items() if not isinstance(value, (list, dict))}
+                scalars = {name: value for name, value in run.summary.items() if name != "published" and not isinstance(value, list | dict)}
                 times = {f"wall_seconds_{part}": value for part, value in run.summary["wall_seconds"].items()}
                 order = json.dumps(run.summary["class_order"])
                 names = {"run": run.path.as_posix(), "section": section.title, "label": group.label}
