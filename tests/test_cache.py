@@ -171,6 +171,11 @@ def test_cache_that_cannot_be_written(
     monkeypatch.setenv("INFLORA_CACHE", str(tmp_path / "file" / "cache"))
     assert_holds(load(tmp_path / "images"), pixels)
     assert "decoding into memory for this run; set INFLORA_CACHE to a writable folder" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(cache, "_memory_bytes", lambda: 0)
+    store = load(tmp_path / "images")
+    assert isinstance(store, EncodedImages) and "decoding into memory" not in caplog.text
+    assert_holds(store, pixels)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, a disk that is always full")

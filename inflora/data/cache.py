@@ -212,9 +212,10 @@ def _find_or_decode(source: Source, name: str) -> ImageStore:
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        log.warning("cannot write the image cache (%s): decoding into memory for this run; set INFLORA_CACHE to a writable folder", error)
         if _estimated_bytes(source) > _memory_bytes() / 2:
+            log.warning("cannot write the image cache (%s); set INFLORA_CACHE to a writable folder", error)
             return EncodedImages(source, torch.from_numpy(_decoded_sizes(source)))
+        log.warning("cannot write the image cache (%s): decoding into memory for this run; set INFLORA_CACHE to a writable folder", error)
         memory = io.BytesIO()
         sizes = _decode(source, memory)
         return _store(np.frombuffer(memory.getbuffer(), np.uint8), sizes)
