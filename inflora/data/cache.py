@@ -307,7 +307,7 @@ def _decode(source: Source, file: BinaryIO) -> np.ndarray:
 def _decoded_sizes(source: Source) -> np.ndarray:
     """(N, 2) heights and widths of all images of a source, each decoded to see that it can be: later it would end a run on its way."""
     log.info("looking at %d images of %s, once", len(source.paths), source.location)
-    return np.array(list(_of_all(source, lambda *image: _decode_one(*image).shape[:2], "looking at", 1)), dtype=np.int64)
+    return np.array(list(_of_all(source, lambda *image: _decode_one(*image).shape[:2], "looking at", DECODE_CHUNK)), dtype=np.int64)
 
 
 def _of_all(source: Source, look: Callable[[Source, str], T], verb: str, size: int) -> Iterator[T]:
@@ -332,10 +332,10 @@ def _estimated_bytes(source: Source) -> int:
 def _decoded_bytes(source: Source, path: str) -> int:
     """Of one image, from its header; 1 where that cannot be read, which decoding will say."""
     try:
-        height, width = _size_of(source, path)
+        with _open_image(source, path) as image:
+            return 3 * image.height * image.width
     except ValueError:
         return 1
-    return 3 * height * width
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -354,11 +354,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _decode_one(source: Source, path: str) -> np.ndarray:
     with _open_image(source, path) as image:
         return np.asarray(to_rgb(image))
-
-
-def _size_of(source: Source, path: str) -> tuple[int, int]:
-    with _open_image(source, path) as image:
-        return image.height, image.width
 
 
 @contextmanager
